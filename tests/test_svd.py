@@ -1,0 +1,610 @@
+"""svd.py against diffusers and transformers where they are installed, against stored outputs of theirs elsewhere."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import svd
+from svd import (
+    VAE,
+    ImageEncoder,
+    ImageEncoderConfig,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+    image_to_video,
+    karras_sigmas,
+    load_strict,
+    resolve_source,
+)
+from tests.make_fixtures import FOLDER, MODELS, fill, inputs, outputs, reference
+
+CLASSES = {"unet": UNet, "vae": VAE, "image_encoder": ImageEncoder}
+TINY = UNetConfig(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    attention=(True, True),
+    num_attention_heads=(2, 4),
+    cross_attention_dim=6,
+    addition_time_embed_dim=4,
+    channels_per_group=4,
+)
+# At 32 channels a group is one channel, and normalisation hides the embedding: widths of 64 see everything.
+LEVELS = {  # levels, layers and attention, heads; sizes are odd so that every upsampling is uneven
+    "2 levels, 1 layer": ((32, 64), 1, (True, False), (1, 2), 5, 7),
+    "2 levels, 2 layers": ((64, 64), 2, (False, True), (2, 4), 4, 3),
+    "3 levels, 1 layer": ((32, 64, 96), 1, (False, True, True), (4, 2, 3), 9, 6),
+    "3 levels, 2 layers": ((32, 64, 64), 2, (True, True, False), (1, 2, 4), 7, 11),
+    "4 levels, 1 layer": ((32, 64, 64, 64), 1, (True, False, True, True), (2, 2, 4, 1), 16, 8),
+    "4 levels, 2 layers": ((32, 64, 96, 96), 2, (True, True, True, False), (1, 2, 3, 3), 13, 9),
+}
+
+
+def close(ours, theirs, limit=2e-5):
+    assert ours.shape == theirs.shape and torch.isfinite(ours).all()
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert error < limit, error
+
+
+@torch.no_grad()
+def run(name, model, given):
+    """Our outputs under the names that `make_fixtures.outputs` gives to theirs."""
+    if name == "unet":
+        return {"sample": model(**given)}
+    if name == "image_encoder":
+        return {"token": model(given["images"])}
+    mean, log_variance = model.moments(given["images"])
+    assert torch.equal(model.encode(given["images"]), mean)
+    return {"mean": mean, "log_variance": log_variance, "images": model.decode(given["latents"])}
+
+
+def tiny(seed=0, **changes):
+    return fill(UNet(replace(TINY, **changes)), seed)
+
+
+def unet_inputs(h=5, w=6):
+    return inputs("unet", TINY, h, w)
+
+
+# --------------------------------------------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_equals_stored_outputs_of_the_reference(name):
+    tensors = load_file(FOLDER / f"{name}.safetensors")
+    given = {key[6:]: value for key, value in tensors.items() if key.startswith("input.")}
+    made = run(name, fill(CLASSES[name](MODELS[name])), given)
+    assert {f"output.{key}" for key in made} == {key for key in tensors if key.startswith("output.")}
+    for key, value in made.items():
+        close(value, tensors[f"output.{key}"])
+
+
+@pytest.mark.parametrize("case", LEVELS)
+def test_unet_equals_diffusers(case):
+    pytest.importorskip("diffusers")
+    widths, layers, attention, heads, h, w = LEVELS[case]
+    config = replace(
+        MODELS["unet"],
+        block_out_channels=widths,
+        layers_per_block=layers,
+        attention=attention,
+        num_attention_heads=heads,
+    )
+    theirs, ours = fill(reference("unet", config)), UNet(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    given = inputs("unet", config, h, w)
+    close(run("unet", ours, given)["sample"], outputs("unet", theirs, given)["sample"])
+
+
+def test_gradients_equal_those_of_diffusers():
+    pytest.importorskip("diffusers")
+    config = replace(MODELS["unet"], block_out_channels=(32, 64), attention=(True, True), num_attention_heads=(2, 2))
+    theirs, ours = fill(reference("unet", config)).double(), fill(UNet(config)).double()
+    given = {key: value.double() for key, value in inputs("unet", config, 5, 6).items()}
+    theirs(*given.values()).sample.square().sum().backward()
+    ours(**given).square().sum().backward()
+    for name, value in theirs.named_parameters():
+        gradient = ours.get_parameter(name).grad
+        if gradient is None:  # queries and keys of cross-attention, and the norm before them
+            assert any(part in name for part in ("attn2.to_q", "attn2.to_k", "norm2")), name
+            assert value.grad.abs().max() < 1e-12
+        else:
+            torch.testing.assert_close(gradient, value.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("layers", "size"), [(1, (20, 28)), (2, (24, 12)), (3, (16, 20))])
+def test_vae_equals_diffusers(layers, size):
+    pytest.importorskip("diffusers")
+    config = replace(MODELS["vae"], block_out_channels=(32, 64, 96), layers_per_block=layers, latent_channels=3)
+    theirs, ours = fill(reference("vae", config)), VAE(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    given = inputs("vae", config, *size)
+    expected = outputs("vae", theirs, given)
+    for key, value in run("vae", ours, given).items():
+        close(value, expected[key])
+
+
+def test_vae_decodes_chunks_as_diffusers_does():
+    pytest.importorskip("diffusers")
+    theirs, ours = fill(reference("vae", MODELS["vae"])), fill(VAE(MODELS["vae"]))
+    latents = inputs("vae", MODELS["vae"], 12, 20)["latents"]  # 3 frames
+    with torch.no_grad():
+        parts = [theirs.decode(z.flatten(0, 1), num_frames=z.shape[1]).sample for z in latents.split(2, dim=1)]
+        chunked = ours.decode(latents, chunk=2)
+        whole = ours.decode(latents)
+    expected = torch.cat([parts[0].unflatten(0, (2, 2)), parts[1].unflatten(0, (2, 1))], dim=1)
+    close(chunked, expected)
+    assert (chunked - whole).abs().max() > 1e-2  # frames of different chunks do not see each other
+
+
+def test_log_variance_is_clamped():
+    vae = fill(VAE(MODELS["vae"]))
+    with torch.no_grad():
+        vae.quant_conv.bias[4:6], vae.quant_conv.bias[6:8] = 1e3, -1e3
+        _, log_variance = vae.moments(torch.zeros(1, 3, 8, 8))
+    assert (log_variance[:, :2] == 20).all() and (log_variance[:, 2:] == -30).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (71, 40), (20, 90), (300, 33)])
+def test_image_encoder_equals_transformers(height, width):
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    config = MODELS["image_encoder"]
+    theirs, ours = fill(reference("image_encoder", config)), ImageEncoder(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    given = inputs("image_encoder", config, height, width)
+    close(run("image_encoder", ours, given)["token"], outputs("image_encoder", theirs, given)["token"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25])
+def test_noise_levels_equal_those_of_diffusers(steps):
+    sigmas = karras_sigmas(steps)
+    assert sigmas.shape == (steps + 1,) and sigmas[0] == 700 and sigmas[-1] == 0
+    assert steps == 1 or sigmas[-2].item() == pytest.approx(0.002)
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.EulerDiscreteScheduler(**SCHEDULER)
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(sigmas, scheduler.sigmas, rtol=1e-5, atol=0)
+
+
+SCHEDULER = {  # the published scheduler_config.json
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "interpolation_type": "linear",
+    "prediction_type": "v_prediction",
+    "sigma_max": 700.0,
+    "sigma_min": 0.002,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
+}
+TOWER = ImageEncoderConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    patch_size=56,  # the pipeline insists on images of 224
+    projection_dim=12,
+)
+
+
+@pytest.mark.parametrize("guidance", [(1.0, 3.0), (1.0, 1.0)])
+def test_image_to_video_equals_the_pipeline_of_diffusers(guidance):
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    configs = {
+        "unet": replace(MODELS["unet"], block_out_channels=(64, 64), layers_per_block=1, attention=(True, False),
+                        num_attention_heads=(2, 2), addition_time_embed_dim=32),
+        "vae": replace(MODELS["vae"], block_out_channels=(32, 32, 32, 32), layers_per_block=1),
+        "image_encoder": TOWER,
+    }  # fmt: skip
+    theirs = {name: fill(reference(name, config)) for name, config in configs.items()}
+    ours = {name: fill(CLASSES[name](config)) for name, config in configs.items()}
+    pipeline = diffusers.StableVideoDiffusionPipeline(
+        **theirs,
+        scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULER),
+        feature_extractor=transformers.CLIPImageProcessor(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(256, (2, 48, 32, 3), generator=generator, dtype=torch.uint8)
+    from PIL import Image
+
+    shared = {"motion_bucket_id": 90, "fps": 9}
+    expected = pipeline(
+        [Image.fromarray(p.numpy()) for p in pixels], height=48, width=32, num_frames=4, num_inference_steps=5,
+        min_guidance_scale=guidance[0], max_guidance_scale=guidance[1], noise_aug_strength=0.1, decode_chunk_size=2,
+        generator=torch.Generator().manual_seed(1), output_type="pt", **shared,
+    ).frames  # fmt: skip
+    video = image_to_video(
+        *(ours[name] for name in ("unet", "vae", "image_encoder")), pixels.movedim(-1, 1) / 127.5 - 1, frames=4,
+        steps=5, noise_aug=0.1, guidance=guidance, generator=torch.Generator().manual_seed(1), decode_chunk=2, **shared,
+    )  # fmt: skip
+    assert video.shape == (2, 4, 3, 48, 32) and video.std() > 0.1 and video.abs().max() <= 1
+    assert (video - (expected * 2 - 1)).abs().max() < 2e-3
+
+
+def test_image_to_video_takes_latents_and_names_a_size_that_does_not_fit():
+    models = [fill(UNet(replace(TINY, cross_attention_dim=12))), fill(VAE(MODELS["vae"]))]
+    models.append(fill(ImageEncoder(MODELS["image_encoder"])))
+    image, latents = torch.rand(1, 3, 8, 12) * 2 - 1, torch.randn(1, 2, 4, 2, 3)
+    settings = {"frames": 2, "steps": 2, "noise_aug": 0.0}
+    a, b = (image_to_video(*models, image, latents=latents, **settings) for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, image_to_video(*models, image, latents=-latents, **settings))
+    with pytest.raises(ValueError, match="10x8"):
+        image_to_video(*models, image[..., :10], **settings)
+
+
+# --------------------------------------------------------------------------------------------- names, shapes and files
+
+
+def test_full_size_unet_has_the_published_tensors():
+    with torch.device("meta"):
+        ours = {name: value.shape for name, value in UNet(UNetConfig()).state_dict().items()}
+    assert len(ours) == 1428 and sum(shape.numel() for shape in ours.values()) == 1_524_623_082
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.UNetSpatioTemporalConditionModel()
+    assert ours == {name: value.shape for name, value in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "count"), [("vae", 97_742_847), ("image_encoder", 632_076_800)])
+def test_full_size_vae_and_image_encoder_have_the_published_tensors(name, count):
+    config = CLASSES[name].CONFIG()
+    with torch.device("meta"):
+        ours = {key: value.shape for key, value in CLASSES[name](config).state_dict().items()}
+    assert sum(shape.numel() for shape in ours.values()) == count
+    pytest.importorskip("diffusers" if name == "vae" else "transformers")
+    with torch.device("meta"):
+        theirs = reference(name, config)
+    assert ours == {key: value.shape for key, value in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_reference_opens_ours_and_we_open_theirs(name, tmp_path):
+    library = pytest.importorskip("transformers" if name == "image_encoder" else "diffusers")
+    ours = fill(CLASSES[name](MODELS[name]))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = getattr(library, type(reference(name, MODELS[name])).__name__).from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = CLASSES[name].from_pretrained(tmp_path, "theirs")
+    assert again.config == ours.config
+    for key, value in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[key], value) and torch.equal(again.state_dict()[key], value)
+    assert all(value.requires_grad for value in again.parameters())
+
+
+def test_settings_survive_saving(tmp_path):
+    unet, vae = tiny(), VAE(VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=1, channels_per_group=4))
+    vae.scaling_factor = 0.7
+    unet.save_pretrained(tmp_path / "unet")
+    vae.save_pretrained(tmp_path / "vae")
+    assert UNet.from_pretrained(tmp_path / "unet").config == TINY
+    loaded = VAE.from_pretrained(tmp_path, "vae", dtype=torch.bfloat16)
+    assert loaded.scaling_factor == 0.7 and loaded.config.channels_per_group == 4 and loaded.factor == 4
+    assert {value.dtype for value in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.encoder.down_blocks[0].resnets[0].norm1.num_groups == 2
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+PUBLISHED = {  # as in the published unet/config.json (25 frames)
+    "_class_name": "UNetSpatioTemporalConditionModel",
+    "_diffusers_version": "0.24.0.dev0",
+    "addition_time_embed_dim": 256,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"],
+    "in_channels": 8,
+    "layers_per_block": 2,
+    "num_attention_heads": [5, 10, 20, 20],
+    "num_frames": 25,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 768,
+    "sample_size": 96,
+    "transformer_layers_per_block": 1,
+    "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3,
+}
+
+
+def test_published_settings_are_the_defaults():
+    assert UNetConfig.from_dict(PUBLISHED) == UNetConfig()
+    assert UNetConfig.from_dict(PUBLISHED | {"transformer_layers_per_block": [1, 1, 1, 1]}) == UNetConfig()
+    assert UNetConfig.from_dict(PUBLISHED | {"num_attention_heads": 8}).num_attention_heads == (8,) * 4
+    clip = ImageEncoderConfig().to_dict() | {"transformers_version": "4.34.0", "torch_dtype": "float16", "dropout": 0}
+    assert ImageEncoderConfig.from_dict(clip) == ImageEncoderConfig()
+    assert VAEConfig.from_dict(VAEConfig().to_dict() | {"force_upcast": False}) == VAEConfig()
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "key"),
+    [
+        (PUBLISHED, {"transformer_layers_per_block": 2}, "transformer_layers_per_block"),
+        (PUBLISHED, {"layers_per_block": [2, 2, 2, 1]}, "layers_per_block"),
+        (PUBLISHED, {"projection_class_embeddings_input_dim": 512}, "projection_class_embeddings_input_dim"),
+        (PUBLISHED, {"up_block_types": ["UpBlockSpatioTemporal"] * 4}, "up_block_types"),
+        (PUBLISHED, {"down_block_types": ["DownBlock3D"] * 4}, "down_block_types"),
+        (PUBLISHED, {"num_attention_heads": [5, 10, 20, 24]}, "num_attention_heads"),
+        (PUBLISHED, {"num_attention_heads": [5, 10, 20]}, "num_attention_heads"),
+        (PUBLISHED, {"class_embed_type": "timestep"}, "class_embed_type"),
+        (PUBLISHED, {"in_channels": None}, "in_channels"),
+        (PUBLISHED, {"block_out_channels": 320}, "block_out_channels"),
+        (VAEConfig().to_dict(), {"out_channels": 4}, "out_channels"),
+        (VAEConfig().to_dict(), {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types"),
+        (ImageEncoderConfig().to_dict(), {"hidden_act": "quick_gelu"}, "hidden_act"),
+        (ImageEncoderConfig().to_dict(), {"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+    ],
+)
+def test_settings_that_mean_another_network_are_named(config, changes, key, tmp_path):
+    cls = UNet if config is PUBLISHED else VAE if "latent_channels" in config else ImageEncoder
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=rf"config\.json: {key}") as caught:
+        cls.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_setting_and_broken_json_are_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value for key, value in PUBLISHED.items() if key != "out_channels"}))
+    with pytest.raises(ValueError, match=r"config\.json: out_channels is missing"):
+        UNet.from_pretrained(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        UNet.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    return tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"
+
+
+def fails(folder, *parts):
+    with pytest.raises(ValueError) as caught:
+        UNet.from_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder / "diffusion_pytorch_model.safetensors") in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_loading_lists_what_does_not_fit(saved):
+    folder, path = saved
+    tensors = load_file(path)
+    removed = {key: value for key, value in tensors.items() if not key.startswith("mid_block")}
+    count = len(tensors) - len(removed)
+    save_file(removed, path)
+    fails(folder, f"{count} missing", "mid_block.attentions.0.norm.bias", "...")
+    save_file(tensors | {"extra.weight": torch.zeros(1)}, path)
+    fails(folder, "1 unexpected (extra.weight)")
+    save_file(tensors | {"conv_in.bias": torch.zeros(9)}, path)
+    fails(folder, "1 misshapen (conv_in.bias [9], not [8])")
+    save_file(removed | {"conv_in.bias": torch.zeros(9), "extra": torch.zeros(1)}, path)
+    fails(folder, "missing", "unexpected", "misshapen")
+
+
+def test_damaged_and_missing_files_are_named(saved):
+    folder, path = saved
+    path.write_bytes(path.read_bytes()[:-100])
+    fails(folder, "truncated")
+    path.write_bytes(b"short")
+    fails(folder, "damaged")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.safetensors"):
+        UNet.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        UNet.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        UNet.from_pretrained(folder, "nowhere")
+
+
+def test_half_precision_variant_opens_when_it_is_the_only_one(saved):
+    folder, path = saved
+    save_file({key: value.half() for key, value in load_file(path).items()}, folder / f"{path.stem}.fp16.safetensors")
+    assert UNet.from_pretrained(folder).conv_in.weight.dtype == torch.float32
+    path.unlink()
+    half = UNet.from_pretrained(folder)
+    assert half.conv_in.weight.dtype == torch.float16
+    given = unet_inputs()
+    full = UNet.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert full(**given).dtype == torch.float32
+        output = half(**given)  # takes float32, computes in half precision
+        assert output.dtype == torch.float16
+        close(output.float(), tiny()(**given), 2e-2)
+
+
+def test_old_clip_files_may_list_position_ids(tmp_path):
+    ours = fill(ImageEncoder(MODELS["image_encoder"]))
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}, path)
+    loaded = ImageEncoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.visual_projection.weight, ours.visual_projection.weight)
+
+
+def test_failed_save_keeps_the_old_file(saved, monkeypatch):
+    folder, path = saved
+    before = path.read_bytes()
+
+    def broken(tensors, filename, metadata):
+        filename.write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(svd, "save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        tiny(seed=1).save_pretrained(folder)
+    assert path.read_bytes() == before
+
+
+def test_model_saves_over_the_file_it_is_mapped_from(saved):
+    folder, path = saved
+    model = UNet.from_pretrained(folder)
+    with torch.no_grad():
+        model.conv_in.bias += 1
+    model.save_pretrained(folder)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert torch.equal(file.get_tensor("conv_in.bias"), tiny().conv_in.bias + 1)
+    load_strict(model, path)
+
+
+def test_hub_downloads_only_what_is_needed(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        if "unet/diffusion_pytorch_model.safetensors" in allow_patterns:
+            (tmp_path / "unet/diffusion_pytorch_model.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(svd, "snapshot_download", snapshot)
+    assert resolve_source("some/model", "unet") == tmp_path / "unet"
+    assert asked[0] == ("some/model", ["unet/config.json", "unet/*.fp16.safetensors"])  # first choice
+    assert len(asked) == 2 and "unet/config.json" in asked[1][1]  # nothing came: full precision
+    (tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors").touch()
+    resolve_source("some/model", "unet")
+    assert len(asked) == 3
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        resolve_source(tmp_path, "vae")
+    for path in ("./some/model", "/some/model", "model", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            resolve_source(path)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("GatedRepoError", "accept the licence"),
+        ("RepositoryNotFoundError", "no such public model"),
+        ("LocalEntryNotFoundError", "cannot be reached"),
+    ],
+)
+def test_hub_errors_say_what_to_do(kind, advice, monkeypatch):
+    import huggingface_hub.errors
+
+    error = getattr(huggingface_hub.errors, kind)
+
+    def snapshot(repo, allow_patterns):
+        raise error.__new__(error)
+
+    monkeypatch.setattr(svd, "snapshot_download", snapshot)
+    with pytest.raises(ValueError, match=advice) as caught:
+        resolve_source("some/model", "unet")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("some/model: ")
+
+
+# --------------------------------------------------------------------------------------- what Motion Dreamer builds on
+
+
+def test_batch_of_two_equals_two_batches_of_one():
+    model, given = tiny(), unet_inputs()
+    with torch.no_grad():
+        both = model(**given)
+        for i in range(2):
+            close(model(**{key: value[i : i + 1] for key, value in given.items()}), both[i : i + 1])
+
+
+def zeros_for(model, given):
+    """Residuals and queries that do nothing, of the right shapes."""
+    batch, frames, _, h, w = given["sample"].shape
+    residuals = []
+    for channels in model.residual_channels:
+        residuals.append(torch.zeros(batch, frames, channels, h, w))
+        h, w = (h + 1) // 2, (w + 1) // 2
+    return residuals, [torch.zeros(batch, channels) for channels in model.temporal_query_channels]
+
+
+def test_zero_residuals_and_queries_change_nothing_and_others_do():
+    model, given = tiny(attention=(True, False), layers_per_block=2), unet_inputs(7, 5)
+    residuals, queries = zeros_for(model, given)
+    assert model.residual_channels == [8, 8] and model.temporal_query_channels == [8, 8, 16, 8, 8, 8]
+    with torch.no_grad():
+        plain = model(**given)
+        assert torch.equal(model(**given, residuals=residuals, temporal_query=queries), plain)
+        for i in range(len(residuals)):
+            changed = [r + (i == j) for j, r in enumerate(residuals)]
+            assert (model(**given, residuals=changed) - plain).abs().max() > 1e-3
+        for i in range(len(queries)):
+            changed = [q + 3.0 * (i == j) * torch.arange(q.shape[1]) for j, q in enumerate(queries)]
+            assert (model(**given, temporal_query=changed) - plain).abs().max() > 1e-5
+
+
+def test_residuals_enter_before_the_skip_connection():
+    """Level 0: equal to another bias of conv_in. Level 1: to another bias of the downsampler. Both reach the skips."""
+    model, given = tiny(), unet_inputs()
+    residuals, _ = zeros_for(model, given)
+    for level, conv in enumerate((model.conv_in, model.down_blocks[0].downsamplers[0].conv)):
+        offset = torch.randn(conv.bias.shape)
+        changed = [r + (i == level) * offset[: r.shape[2], None, None] for i, r in enumerate(residuals)]
+        with torch.no_grad():
+            output = model(**given, residuals=changed)
+            conv.bias += offset
+            expected = model(**given)
+            conv.bias -= offset
+        close(output, expected)
+
+
+def test_constant_in_temporal_keys_cancels_and_in_queries_acts():
+    """Why the camera goes to the queries: softmax over keys ignores what all keys share."""
+    model, given = tiny(), unet_inputs()
+    levels = [*model.down_blocks, model.mid_block, *model.up_blocks]
+    blocks = [a.temporal_transformer_blocks[0].attn1 for level in levels for a in level.attentions]
+    assert len(blocks) == len(model.temporal_query_channels) == 7
+    offsets = [torch.randn(2, channels) for channels in model.temporal_query_channels]
+    with torch.no_grad():
+        plain = model(**given)
+        hooks = [
+            block.to_k.register_forward_hook(lambda _, __, y, offset=offset: y + offset[:, None, None, None])
+            for block, offset in zip(blocks, offsets, strict=True)
+        ]
+        close(model(**given), plain)
+        for hook in hooks:
+            hook.remove()
+        queried = model(**given, temporal_query=offsets)
+        assert (queried - plain).abs().max() > 1e-3
+        hooks = [
+            block.to_q.register_forward_hook(lambda _, __, y, offset=offset: y + offset[:, None, None, None])
+            for block, offset in zip(blocks, offsets, strict=True)
+        ]
+        close(model(**given), queried)  # the order of `temporal_query` is the order of the blocks
+
+
+def test_only_one_context_token_is_accepted():
+    given = unet_inputs()
+    with pytest.raises(ValueError, match=r"\[2, 2, 6\].*single token"):
+        tiny()(**given | {"context": torch.zeros(2, 2, 6)})
+
+
+def test_gradient_checkpointing_gives_equal_gradients():
+    given = unet_inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny()
+        model.gradient_checkpointing = checkpointing
+        residuals, queries = ([x.requires_grad_() for x in xs] for xs in zeros_for(model, given))
+        model(**given, residuals=residuals, temporal_query=queries).square().sum().backward()
+        values = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        values |= {f"input.{i}": value.grad for i, value in enumerate([*residuals, *queries])}
+        gradients.append(values)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 100
+    for name, value in gradients[0].items():
+        assert value.abs().max() > 0, name
+        close(gradients[1][name], value, 1e-5)
+
+
+def test_inference_equals_training_and_autocast_is_close():
+    model, given = tiny(), inputs("unet", TINY, 33, 40)  # large enough for feed-forward in parts
+    plain = model(**given).detach()
+    with torch.no_grad():
+        close(model(**given), plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            close(model(**given).float(), plain, 0.1)
