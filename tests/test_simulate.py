@@ -1,0 +1,256 @@
+"""simulate.py against physics and geometry: flow by warping, depth by ray and plane, pushes by re-simulation."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data import CAMERA_YAW_UNIT, Clip
+from simulate import SCENARIOS, project, simulate, tracks
+
+SIZE = (96, 48)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return {name: simulate(name, 3, 8, SIZE) for name in SCENARIOS}
+
+
+def sample(values, x, y):
+    """Nearest value of [H, W, ...] at (x, y), and whether that is inside."""
+    height, width = values.shape[:2]
+    column, row = np.rint(x).astype(int), np.rint(y).astype(int)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    return values[row.clip(0, height - 1), column.clip(0, width - 1)], inside
+
+
+def test_same_seed_same_bytes_and_other_seed_other_scene(tmp_path):
+    simulate("dominoes", 5, 3, SIZE).save(tmp_path / "a.safetensors")
+    simulate("dominoes", 5, 3, SIZE).save(tmp_path / "b.safetensors")
+    simulate("dominoes", 6, 3, SIZE).save(tmp_path / "c.safetensors")
+    a, b, c = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_frames_warped_by_the_flow_meet_the_next_frame(clips, scenario):
+    """Where frame t's pixel is still in sight at t+1, the same thing with the same colour is there; without it, not."""
+    clip = clips[scenario]
+    y, x = np.mgrid[: SIZE[1], : SIZE[0]]
+    right, warped, still = 0, [], []
+    total = 0
+    for t in range(7):
+        flow, ids = clip.flow[t], clip.segmentation[t]
+        moving = np.linalg.norm(flow, axis=0) > 0.7
+        there, inside = sample(clip.segmentation[t + 1], x + flow[0], y + flow[1])
+        color, _ = sample(clip.rgb[t + 1].astype(float), x + flow[0], y + flow[1])
+        seen = moving & inside & (there == ids)
+        right, total = right + seen.sum(), total + (moving & inside).sum()
+        warped.append(np.abs(color - clip.rgb[t])[seen].mean() if seen.any() else 0)
+        still.append(np.abs(clip.rgb[t + 1].astype(float) - clip.rgb[t])[seen].mean() if seen.any() else 0)
+    assert total > 50
+    assert right > 0.8 * total  # the others went behind something
+    assert np.mean(warped) < (0.95 if scenario == "driving" else 0.75) * np.mean(still)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_ids_are_those_of_the_scene_and_stay(clips, scenario):
+    clip = clips[scenario]
+    known = set(range(len(clip.meta["poses"][0]) + 1))
+    assert set(np.unique(clip.segmentation)) <= known
+    assert set(np.unique(clip.segmentation[0])) >= known - {0} or scenario in ("driving", "contain")
+    assert clip.flow.dtype == np.float32 and clip.rgb.shape == (8, *SIZE[::-1], 3)
+
+
+def test_depth_of_the_floor_is_where_the_ray_meets_the_plane(clips):
+    for scenario in ("dominoes", "drop"):
+        clip = clips[scenario]
+        position, right, down, forward = np.array(clip.meta["camera"][0])
+        floor = clip.segmentation[0] == 0
+        y, x = np.nonzero(floor)
+        focal = clip.meta["focal"]
+        rays = (
+            forward
+            + ((x - (SIZE[0] - 1) / 2) / focal)[:, None] * right
+            + ((y - (SIZE[1] - 1) / 2) / focal)[:, None] * down
+        )
+        expected = -position[2] / rays[:, 2]  # z of position + depth * ray is 0
+        near = expected < 50
+        np.testing.assert_allclose(clip.depth[0][floor][near], expected[near], rtol=1e-4)
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "driving"])
+@pytest.mark.parametrize("seed", [3, 8])
+def test_energy_never_grows(scenario, seed):
+    energy = np.array(simulate(scenario, seed, 16, (16, 8)).meta["energy"])
+    gain = energy - np.minimum.accumulate(energy)
+    assert gain.max() <= 1e-2 * energy[0]  # soft contacts give back what they stored
+    assert energy[-1] < energy[0]
+
+
+def test_what_rests_has_exactly_zero_flow(clips):
+    clip = clips["dominoes"]
+    assert (clip.flow[:, :, :][np.broadcast_to((clip.segmentation == 0)[:, None], clip.flow.shape)] == 0).all()
+    quiet = simulate("dominoes", 3, 6, SIZE, push={"strength": 0.0})
+    assert (quiet.flow == 0).all()
+    assert quiet.meta["pushed"] == 0 and quiet.meta["fallen"] == []
+    assert (quiet.rgb[0] == simulate("dominoes", 3, 6, SIZE).rgb[0]).all()
+
+
+def falls(seed, **push):
+    clip = simulate("dominoes", seed, 16, (32, 16), push or None)
+    return clip.meta, clip.meta["fallen"]
+
+
+def test_a_wide_gap_stops_the_chain_and_a_bridgeable_one_does_not():
+    stopped = went_on = 0
+    for seed in range(60):
+        meta, fallen = falls(seed)
+        if not meta["pushed"]:
+            assert not fallen
+            continue
+        position = np.array(meta["poses"][0])[:, 0]
+        row = (np.argsort(position) + 1).tolist()  # ids from one end to the other
+        ahead = row[row.index(meta["pushed"]) :] if meta["side"] > 0 else row[: row.index(meta["pushed"]) + 1][::-1]
+        reached = [ahead[0]]
+        for a, b in zip(ahead, ahead[1:], strict=False):
+            if abs(position[b - 1] - position[a - 1]) > 1.25 * meta["height"]:
+                stopped += 1
+                break
+            reached.append(b)
+        else:
+            went_on += len(ahead) > 1
+        assert set(fallen) == set(reached), f"seed {seed}"
+    assert stopped >= 4 and went_on >= 15
+
+
+def test_opposite_push_of_the_same_scene_falls_to_the_other_side():
+    for seed in (5, 8, 11):
+        side = falls(seed)[0]["side"]
+        clips = [simulate("dominoes", seed, 8, SIZE, {"side": s}) for s in (side, -side)]
+        assert (clips[0].rgb[0] == clips[1].rgb[0]).all() and (clips[0].depth[0] == clips[1].depth[0]).all()
+        moves = []
+        for clip in clips:
+            poses = np.array(clip.meta["poses"])
+            moves.append(poses[-1, clip.meta["pushed"] - 1, 0] - poses[0, clip.meta["pushed"] - 1, 0])
+        assert np.sign(moves[0]) == side and np.sign(moves[1]) == -side
+
+
+def test_stronger_pushes_topple_sooner():
+    for seed in (5, 8):
+        times = []
+        for strength in (0.6, 1.8):
+            meta, fallen = falls(seed, strength=strength)
+            poses = np.array(meta["poses"])[:, meta["pushed"] - 1]
+            leaning = np.abs(poses[:, 4:6]).max(axis=1) > 0.3  # x, y of the quaternion
+            assert meta["pushed"] in fallen
+            times.append(int(np.argmax(leaning)))
+        assert times[1] < times[0]
+
+
+def test_contacts_are_symmetric_unique_and_only_when_near(clips):
+    for scenario, clip in clips.items():
+        pairs = [tuple(pair[:2]) for pair in clip.meta["contacts"]]
+        assert len(set(pairs)) == len(pairs) and all(a < b for a, b in pairs)
+        poses = np.array(clip.meta["poses"])
+        for a, b, t in clip.meta["contacts"]:
+            assert np.linalg.norm(poses[t, a - 1, :3] - poses[t, b - 1, :3]) < 2.0, scenario
+
+
+def test_objects_fill_about_a_quarter_of_the_picture():
+    covers = [(simulate("dominoes", seed, 1, (128, 64)).segmentation[0] > 0).mean() for seed in range(24)]
+    assert np.mean(covers) > 0.22 and min(covers) > 0.1
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_tracks_follow_the_flow_and_the_things(clips, scenario):
+    clip, random = clips[scenario], np.random.default_rng(0)
+    points = np.stack([random.integers(0, SIZE[0], 80), random.integers(0, SIZE[1], 80)], axis=1)
+    followed = tracks(clip, points.astype(float))
+    assert followed.shape == (8, 80, 2)
+    np.testing.assert_allclose(followed[0], points, atol=1e-3)
+    x, y = points.T
+    step = clip.flow[0][:, y, x].T
+    usual = clip.depth[0, y, x] < 90
+    np.testing.assert_allclose((followed[1] - followed[0])[usual], step[usual], atol=0.02)
+    ids = clip.segmentation[0, y, x]
+    there, inside = sample(clip.segmentation[5], *followed[5].T)
+    same = (there == ids)[inside & (ids > 0)]
+    assert len(same) == 0 or same.mean() > 0.5  # the rest is hidden
+
+
+def test_driving_flow_of_the_background_is_that_of_the_camera():
+    """The still world, reprojected by hand from depth and the two cameras; forward and yaw agree with the clip's c."""
+    for seed in range(6):
+        clip = simulate("driving", seed, 4, SIZE)
+        cameras, focal = np.array(clip.meta["camera"]), clip.meta["focal"]
+        y, x = np.mgrid[: SIZE[1], : SIZE[0]]
+        local = np.stack([(x - (SIZE[0] - 1) / 2) / focal, (y - (SIZE[1] - 1) / 2) / focal, np.ones_like(x)], axis=-1)
+        world = cameras[0, 0] + (clip.depth[0][..., None] * local) @ cameras[0, 1:]
+        expected = project(world, cameras[1], focal, SIZE)[..., :2] - np.stack([x, y], axis=-1)
+        still = (clip.segmentation[0] == 0) & (clip.depth[0] < 90)
+        np.testing.assert_allclose(clip.flow[0].transpose(1, 2, 0)[still], expected[still], atol=0.02)
+        forward = np.linalg.norm(np.diff(cameras[:, 0], axis=0), axis=1)[:4].mean()
+        assert clip.camera[0] == pytest.approx(forward, abs=1e-3)
+        turn = math.atan2(*cameras[1, 3, :2]) - math.atan2(*cameras[0, 3, :2])  # from y towards x: to the right
+        assert clip.camera[1] * CAMERA_YAW_UNIT == pytest.approx(turn, abs=1e-4)
+
+
+def test_bad_arguments_are_named():
+    for told, words in (
+        ({"scenario": "jump", "seed": 0}, "jump"),
+        ({"scenario": "drop", "seed": -1}, "-1"),
+        ({"scenario": "drop", "seed": 0, "size": 4}, "4"),
+        ({"scenario": "drop", "seed": 0, "push": {"speed": 1}}, "speed"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            simulate(**told)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "simulate.py", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
+    told = (
+        tmp_path / "clips",
+        "--clips",
+        3,
+        "--scenario",
+        "drop,roll",
+        "--size",
+        "24x16",
+        "--frames",
+        2,
+        "--workers",
+        1,
+    )
+    assert run(*told, "--seed", 7).returncode == 0
+    names = sorted(path.name for path in (tmp_path / "clips").iterdir())
+    assert names == ["drop_00000007.safetensors", "drop_00000009.safetensors", "roll_00000008.safetensors"]
+    clip = Clip.load(tmp_path / "clips" / "roll_00000008.safetensors")
+    assert clip.rgb.shape == (2, 16, 24, 3) and clip.fps == pytest.approx(10) and clip.meta["scenario"] == "roll"
+    kept = tmp_path / "clips" / names[0]
+    kept.write_bytes(b"mine")
+    (tmp_path / "clips" / names[1]).unlink()
+    assert run(*told, "--seed", 7).returncode == 0
+    assert kept.read_bytes() == b"mine" and (tmp_path / "clips" / names[1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "word"),
+    [
+        (("--scenario", "jump"), "jump"),
+        (("--size", "x"), "size"),
+        (("--size", "4"), "size"),
+        (("--clips", "0"), "clips"),
+    ],
+)
+def test_command_line_mistakes_are_one_line(tmp_path, told, word):
+    result = run(tmp_path / "clips", *told)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1 and word in result.stderr
+    assert not (tmp_path / "clips").exists()
