@@ -1,0 +1,328 @@
+"""train.py: what a killed run loses (nothing), what two processes share (everything), and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY, UNET_CONFIG, moving_squares, tiny_tower, tiny_vae
+
+import train
+from data import ResumableSampler
+from motion_dreamer import MotionDreamer
+from svd import VAE, UNet
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for seed in range(5):
+        moving_squares(seed).save(folder / f"{seed}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A model folder with VAE and image tower, ready for the stages."""
+    tiny_vae().save_pretrained(tmp_path / "out" / "vae")
+    tiny_tower().save_pretrained(tmp_path / "out" / "image_encoder")
+    return tmp_path / "out"
+
+
+def command(clips, out, *extra, stage="1", steps=4):
+    told = {"--stage": stage, "--preset": "tiny", "--data": clips, "--out": out, "--steps": steps, "--batch": 2}
+    return [str(word) for pair in told.items() for word in pair] + ["--quiet", *map(str, extra)]
+
+
+def run(monkeypatch, *arguments, **told):
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(*arguments, **told)])
+    train.main()
+
+
+def logged(out, name="stage1"):
+    return [json.loads(line) for line in (out / "training" / name / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out, name="stage1"):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in logged(out, name)]
+
+
+@pytest.mark.parametrize("stage", ["vae", "1", "2", "one"])
+def test_the_loss_falls(monkeypatch, clips, out, stage):
+    told = ("--lr", "3e-3", "--warmup", 5, "--seed", 1)
+    run(monkeypatch, clips, out, *told, stage=stage, steps=40)
+    values = [line["loss"] for line in logged(out, {"vae": "vae", "1": "stage1"}.get(stage, "stage2"))]
+    assert len(values) == 40 and np.isfinite(values).all()
+    assert np.mean(values[-8:]) < 0.8 * np.mean(values[:8])
+
+
+@pytest.mark.parametrize("stage", ["vae", "1"])
+def test_a_killed_run_goes_on_bit_for_bit(monkeypatch, clips, out, tmp_path, stage):
+    told = ("--accumulate", 2, "--save-every", 3, "--warmup", 1)
+    name = {"vae": "vae", "1": "stage1"}[stage]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        tiny_vae().save_pretrained(folder / "vae")
+        tiny_tower().save_pretrained(folder / "image_encoder")
+    run(monkeypatch, clips, whole, *told, stage=stage, steps=7)
+
+    update, steps = train.update_ema, []
+
+    def crash(*arguments):
+        steps.append(1)
+        if len(steps) == 5:  # after the save at step 3
+            raise RuntimeError("killed")
+        update(*arguments)
+
+    monkeypatch.setattr(train, "update_ema", crash)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(monkeypatch, clips, killed, *told, stage=stage, steps=7)
+    monkeypatch.setattr(train, "update_ema", update)
+    assert len(logged(killed, name)) == 4  # one step more than was saved
+    run(monkeypatch, clips, killed, *told, stage=stage, steps=7)
+
+    assert losses(killed, name) == losses(whole, name)
+    for file in sorted(path.relative_to(whole) for path in (whole / name).iterdir()):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
+    states = [torch.load(folder / "training" / name / "step_00000007.pt") for folder in (whole, killed)]
+    for part in ("model", "ema"):
+        for key, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][key]), key
+
+
+def test_more_steps_go_on_and_other_settings_do_not(monkeypatch, clips, out, capsys):
+    run(monkeypatch, clips, out, steps=2)
+    run(monkeypatch, clips, out, steps=3)
+    assert [line["step"] for line in logged(out)] == [1, 2, 3]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, out, "--seed", 7, steps=4)
+    assert stop.value.code == 2
+    assert "was trained with seed = 0, now seed = 7" in capsys.readouterr().err
+
+
+def test_checkpoints_are_whole_and_only_the_newest_stay(monkeypatch, clips, out, capsys):
+    run(monkeypatch, clips, out, "--save-every", 1, "--keep", 2, steps=4)
+    folder = out / "training" / "stage1"
+    assert sorted(path.name for path in folder.glob("*.pt*")) == ["step_00000003.pt", "step_00000004.pt"]
+    saved = (folder / "step_00000004.pt").read_bytes()
+
+    def crash(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(train.os, "replace", crash)  # between writing and naming
+    with pytest.raises(RuntimeError):
+        train.save_checkpoint(folder, 4, {"step": 4}, 2)
+    monkeypatch.undo()
+    assert (folder / "step_00000004.pt").read_bytes() == saved
+    (folder / "step_00000004.pt").write_bytes(saved[: len(saved) // 2])
+    with pytest.raises(ValueError, match=r"step_00000004.pt: cannot be read .*; delete it"):
+        train.load_checkpoint(folder, "cpu", {})
+
+
+def test_the_model_folder_holds_the_moving_average(monkeypatch, clips, out):
+    run(monkeypatch, clips, out, "--ema", "0.5", steps=3)
+    state = torch.load(out / "training" / "stage1" / "step_00000003.pt")
+    model = MotionDreamer.from_pretrained(out, "stage1")
+    assert (model.config.frames, model.config.width, model.config.height) == (4, 24, 16)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state["ema"][key])
+    assert any(not torch.equal(value, state["model"][key]) for key, value in state["ema"].items())
+
+
+def test_cached_latents_give_the_losses_of_fresh_ones(monkeypatch, clips, out, tmp_path):
+    run(monkeypatch, clips, out, "--warmup", 1, steps=3)
+    cached = [line["loss"] for line in logged(out)]
+    caches = {path.name for path in (clips / ".cache").iterdir()}
+    (out / "training" / "stage1" / "step_00000003.pt").unlink()
+    run(monkeypatch, clips, out, "--no-cache", "--warmup", 1, steps=3)
+    np.testing.assert_allclose(
+        [line["loss"] for line in logged(out)], cached, rtol=5e-3
+    )  # the cache is in half precision
+    other = tiny_vae()
+    other.encoder.conv_in.bias.data += 0.1
+    other.save_pretrained(out / "vae")
+    (out / "training" / "stage1" / "step_00000003.pt").unlink()
+    run(monkeypatch, clips, out, steps=1)
+    assert len({path.name for path in (clips / ".cache").iterdir()} - caches) == 1
+
+
+def test_only_the_decoder_changes_with_decoder_only(monkeypatch, clips, out):
+    run(monkeypatch, clips, out, stage="vae", steps=2)
+    before = VAE.from_pretrained(out, "vae")
+    run(monkeypatch, clips, out, "--decoder-only", stage="vae", steps=4)
+    after = VAE.from_pretrained(out, "vae")
+    assert after.scaling_factor == before.scaling_factor
+    changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
+    assert changed and all(key.startswith("decoder.") for key in changed)
+
+
+def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, clips, out, capsys):
+    loss, calls = MotionDreamer.loss, []
+
+    def broken(self, batch, generator=None):
+        calls.append(1)
+        result = loss(self, batch, generator)
+        return result | {"loss": result["loss"] * (float("nan") if len(calls) >= 2 else 1)}
+
+    monkeypatch.setattr(MotionDreamer, "loss", broken)
+    run(monkeypatch, clips, out, steps=3)
+    assert [line["skipped"] for line in logged(out)] == [0, 1, 2]
+    state = torch.load(out / "training" / "stage1" / "step_00000003.pt")
+    assert state["skipped"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, out, steps=60)
+    assert stop.value.code == 2 and "50 steps in a row" in capsys.readouterr().err
+
+
+def test_data_and_randomness_of_a_step_are_functions_of_seed_rank_and_step(monkeypatch, clips, out):
+    seen = []
+    make = train.training_batch
+
+    def record(config, encoded, *rest):
+        seen.append(encoded["segmentation"].clone())
+        return make(config, encoded, *rest)
+
+    monkeypatch.setattr(train, "training_batch", record)
+    run(monkeypatch, clips, out, "--seed", 3, steps=3)
+    order = iter(ResumableSampler(5, seed=3))
+    for batch in seen:
+        for item in batch:
+            truth = moving_squares(next(order)[0]).segmentation[0]
+            assert (item.numpy() == truth).all()
+    assert len({train.seed_of(*numbers) for numbers in np.ndindex(3, 2, 5, 2)}) == 60
+
+
+def test_samples_and_validation(monkeypatch, clips, out):
+    run(monkeypatch, clips, out, "--val", clips, "--val-every", 2, "--sample-every", 2, steps=2)
+    assert [("val_loss" in line) for line in logged(out)] == [False, True]
+    picture = Image.open(out / "training" / "stage1" / "samples" / "step_00000002.png")
+    assert picture.size == (6 * 24, 6 * 16)  # three modalities, truth above sample
+    run(monkeypatch, clips, out, "--sample-every", 2, stage="2", steps=2)
+    assert Image.open(out / "training" / "stage2" / "samples" / "step_00000002.png").size == (6 * 24, 2 * 16)
+    run(monkeypatch, clips, out, "--sample-every", 2, stage="vae", steps=2)
+    assert Image.open(out / "training" / "vae" / "samples" / "step_00000002.png").size == (6 * 24, 8 * 16)
+
+
+def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
+    svd = UNet(UNET_CONFIG)  # 8 channels in, 4 out, as SVD's
+    svd.save_pretrained(tmp_path / "svd" / "unet")
+    tiny_vae().save_pretrained(tmp_path / "svd" / "vae")
+    tiny_tower().save_pretrained(tmp_path / "svd" / "image_encoder")
+    run(monkeypatch, clips, tmp_path / "new", "--init", tmp_path / "svd", stage="2", steps=1)
+    stage = MotionDreamer.from_pretrained(tmp_path / "new", "stage2")
+    assert stage.config.sigma_max == 700
+    weight, new = svd.conv_in.weight, stage.unet.conv_in.weight
+    torch.testing.assert_close(new[:, :4], weight[:, :4], rtol=0, atol=1e-2)  # one step of training away
+    assert (tmp_path / "new" / "vae" / "config.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ other processes
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(clips, out):
+    told = [sys.executable, "train.py", *command(clips, out, "--save-every", 10**6, stage="vae", steps=10**6)]
+    process = subprocess.Popen(told, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    log = out / "training" / "vae" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "run the same command to go on" in said
+    steps = len(logged(out, "vae"))
+    assert (out / "training" / "vae" / f"step_{steps:08d}.pt").exists()
+    told[told.index(str(10**6))] = str(steps + 1)
+    subprocess.run(told, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert [line["step"] for line in logged(out, "vae")] == list(range(1, steps + 2))
+
+
+def test_two_processes_train_one_model(clips, tmp_path):
+    """Whenever they start, DistributedDataParallel checks that both have equal weights."""
+    out = tmp_path / "model"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    for stage, steps in (("vae", 1), ("1", 2), ("1", 3)):
+        told = command(clips, out, "--accumulate", 2, stage=stage, steps=steps)
+        done = subprocess.run([*launch, *told], cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in logged(out)] == [1, 2, 3]
+    state = torch.load(out / "training" / "stage1" / "step_00000003.pt")
+    assert state["settings"]["processes"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def spoil_clip(data, out):
+    cut(data / "2.safetensors")
+
+
+def spoil_vae(data, out):
+    cut(out / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def empty(data, out):
+    for path in data.iterdir():
+        path.unlink()
+
+
+def odd(data, out):
+    for path in data.iterdir():
+        path.unlink()
+    moving_squares(0, width=25).save(data / "0.safetensors")
+
+
+def nothing(data, out):
+    pass
+
+
+MISTAKES = {
+    "no data": (lambda data, out: [empty(data, out), data.rmdir()], [], "no clips"),
+    "empty": (empty, [], "no clips"),
+    "corrupt clip": (spoil_clip, [], "2.safetensors"),
+    "corrupt VAE": (spoil_vae, [], "vae/diffusion_pytorch_model.safetensors"),
+    "size": (odd, [], "clips are 25x16, not a multiple of 2"),
+    "frames": (nothing, ["--frames", "9"], "has 4 frames, 9 are needed"),
+    "unknown field": (nothing, ["--set", "speed=3"], "--set speed=3"),
+    "bad value": (nothing, ["--set", "mask_ratio=high"], "'high' is not a float"),
+    "bad choice": (nothing, ["--set", "control=magic"], "magic"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(monkeypatch, clips, out, tmp_path, capsys, mistake):
+    spoil, extra, words = MISTAKES[mistake]
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in clips.glob("*.safetensors"):
+        (data / path.name).write_bytes(path.read_bytes())
+    spoil(data, out)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, data, out, *extra)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("encoding")]
+    assert len(lines) == 1 and lines[0].startswith("train.py: ") and words in lines[0], lines
+    assert not (out / "stage1").exists()
+    assert not list(tmp_path.rglob("*.partial"))

@@ -1,0 +1,554 @@
+"""Trains the VAE (tiny models only), Stage I or Stage II (Algorithm 1) in one flat script.
+
+    python train.py --stage vae --preset tiny --data data --out runs/tiny        # a small VAE from nothing
+    python train.py --stage 1 --preset tiny --data data --out runs/tiny          # Stage I beside it
+    python train.py --stage 2 --preset tiny --data data --out runs/tiny          # Stage II
+    torchrun --nproc_per_node 8 train.py --stage 1 --data data --init REPO_OR_DIR --out runs/svd    # from SVD's weights
+
+`--out` is a model folder: it receives vae/, image_encoder/, stage1/ and stage2/ (weights: moving average), which is
+all that sample.py needs, and training/ with checkpoints and logs. To resume, run the same command again: every
+random number and the order of the data are functions of (seed, rank, step), so a killed run loses nothing but the
+steps since the last save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import ClipDataset, ResumableSampler
+from instance_flow import instance_flow, random_mask
+from motion_dreamer import (
+    ABLATIONS,
+    ONE_STAGE,
+    Motion,
+    MotionDreamer,
+    StageConfig,
+    decode,
+    dream,
+    encode,
+    encode_clips,
+    render,
+    training_batch,
+)
+from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig, save_safetensors
+
+
+def small_unet(widths: tuple[int, ...], heads: int, context: int, ids: int) -> UNetConfig:
+    """Three levels, of which the finest has no attention: there it would double the time of a step."""
+    return UNetConfig(
+        block_out_channels=widths, layers_per_block=1, attention=(False, True, True), num_attention_heads=(heads,) * 3,
+        cross_attention_dim=context, addition_time_embed_dim=ids, channels_per_group=16,
+    )  # fmt: skip
+
+
+# Sizes of models that start from nothing. SVD itself comes with --init.
+PRESETS = {
+    "tiny": {  # for tests: seconds a stage
+        "vae": VAEConfig(block_out_channels=(16, 32, 32), layers_per_block=1, channels_per_group=8),
+        "image_encoder": ImageEncoderConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64,
+            patch_size=16, projection_dim=64,
+        ),
+        "stage1": small_unet((32, 64, 64), 2, 64, 32),
+        "stage2": small_unet((32, 64, 64), 2, 64, 32),
+    },
+    "demo": {  # the model in demo/: hours on two CPU cores
+        "vae": VAEConfig(
+            block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, channels_per_group=16
+        ),
+        "image_encoder": ImageEncoderConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+            patch_size=16, projection_dim=128,
+        ),
+        "stage1": small_unet((48, 96, 144), 3, 128, 64),
+        "stage2": small_unet((32, 64, 96), 2, 128, 64),  # painting is easier than reasoning
+    },
+}  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--stage", choices=("vae", "1", "2", "one"), required=True, help="one = One-stage* of Table 1")
+    what.add_argument("--ablation", choices=list(ABLATIONS), default="motion_dreamer", help="row of Table 3")
+    what.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StageConfig")
+    what.add_argument("--init", metavar="REPO_OR_DIR", help="SVD's weights; without it, start from nothing")
+    what.add_argument("--preset", choices=list(PRESETS), default="demo", help="size of a model from nothing")
+    where = parser.add_argument_group("data and output")
+    where.add_argument("--data", required=True, metavar="DIR")
+    where.add_argument("--val", metavar="DIR", help="clips for the validation loss in log.jsonl")
+    where.add_argument("--out", required=True, metavar="DIR", help="model folder")
+    where.add_argument("--frames", type=int, help="default: all frames of the first clip")
+    where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
+    what.add_argument("--decoder-only", action="store_true", help="of the VAE: its latents stay as they are")
+    how = parser.add_argument_group("optimisation")
+    how.add_argument("--steps", type=int, default=10000)
+    how.add_argument("--batch", type=int, default=8, help="clips a step and process, before accumulation")
+    how.add_argument("--accumulate", type=int, default=1)
+    how.add_argument("--lr", type=float, default=5e-4)
+    how.add_argument("--warmup", type=int, default=100, help="steps")
+    how.add_argument("--cooldown", type=float, default=0.2, help="last fraction of the steps in which lr falls to 0")
+    how.add_argument("--weight-decay", type=float, default=0.01)
+    how.add_argument("--clip-grad", type=float, default=1.0)
+    how.add_argument("--ema", type=float, default=0.999)
+    how.add_argument("--drop", type=float, default=0.1, help="probability of dropping the image, S_0, D_0")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    how.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    how.add_argument("--compile", action="store_true")
+    how.add_argument("--workers", type=int, default=0)
+    log = parser.add_argument_group("log and checkpoints")
+    log.add_argument("--save-every", type=int, default=500)
+    log.add_argument("--keep", type=int, default=1, help="newest checkpoints that stay")
+    log.add_argument("--val-every", type=int, default=500)
+    log.add_argument("--sample-every", type=int, default=2000, help="pictures of one clip; 0 = never")
+    log.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------ models and data
+
+
+def stage_config(arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE) -> StageConfig:
+    """The StageConfig of the command line, with sizes from data and VAE. Raises ValueError for an unknown --set."""
+    stage1, stage2 = ABLATIONS[arguments.ablation]
+    config = {"1": stage1, "2": stage2, "one": ONE_STAGE}[arguments.stage]
+    types, changes = {field.name: type(getattr(config, field.name)) for field in fields(config)}, {}
+    for item in arguments.set:
+        name, _, text = item.partition("=")
+        if types.get(name) not in (str, int, float, bool):
+            raise ValueError(f"--set {item}: StageConfig has no such field to set")
+        try:
+            changes[name] = {"true": True, "false": False}[text] if types[name] is bool else types[name](text)
+        except (KeyError, ValueError):
+            raise ValueError(f"--set {item}: {text!r} is not a {types[name].__name__}") from None
+    if not arguments.init:
+        changes = {"sigma_max": 80.0} | changes  # trained from nothing, a network has not seen SVD's 700
+    sizes = {"frames": dataset.frames, "width": dataset.width, "height": dataset.height}
+    return replace(config, latent_channels=vae.config.latent_channels, vae_factor=vae.factor, **sizes, **changes)
+
+
+def frozen_encoders(arguments: argparse.Namespace, out: Path, device: str) -> tuple[VAE, ImageEncoder]:
+    """VAE and image tower, frozen: SVD's with --init, else those that `--stage vae` left in the model folder."""
+    source = arguments.init or out
+    kept = {"dtype": torch.float32, "device": device}  # downloads are often half precision
+    vae = VAE.from_pretrained(source, "vae", **kept).requires_grad_(False).eval()
+    image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **kept).requires_grad_(False).eval()
+    return vae, image_encoder
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Twelve hex digits that change with any weight: latents of another VAE are never reused."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode() + value.cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+class EncodedClips(torch.utils.data.Dataset):
+    """The latent cache: `encode_clips` of every clip, computed once, in half precision, in DATA/.cache/FINGERPRINT."""
+
+    def __init__(self, clips: ClipDataset, vae: VAE, image_encoder: ImageEncoder, rank: int, world_size: int) -> None:
+        encoders = fingerprint(vae.encoder, vae.quant_conv, image_encoder)
+        folder = Path(clips.paths[0]).parent / ".cache" / f"{encoders}-{clips.frames}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.paths = [folder / path.name for path in clips.paths]
+        missing = [i for i in range(rank, len(self.paths), world_size) if not self.paths[i].exists()]
+        device = next(vae.parameters()).device
+        for i in tqdm(missing, "encoding clips", disable=not missing or rank > 0):
+            clip = {name: value[None].to(device) for name, value in clips[(i, 0)].items()}
+            encoded = encode_clips(clip, vae, image_encoder, seed=i)
+            halves = {k: v[0].half() if v.is_floating_point() else v[0] for k, v in encoded.items()}
+            save_safetensors(halves, self.paths[i])
+        if world_size > 1:
+            dist.barrier()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        path = self.paths[key[0]]
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: {error}; delete it, it will be made again") from None
+        return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- the tiny VAE
+
+
+def vae_loss(vae: VAE, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """|error| + error^2 over pictures of all four modalities, + 2e-5 KL; a sample each [B].
+
+    What is small but matters weighs more: moving pixels of the flow 13 times, objects in segmentation 5 and depth 3
+    times. With equal weights, a small VAE ignores the objects. Noise on the latents (up to 0.2) makes the decoder
+    robust.
+    """
+    first = {"rgb": None, "flow": None, "segmentation": clips["segmentation"][:, 0], "depth": clips["depth"][:, 0]}
+    objects = (clips["segmentation"] > 0).float()[:, :, None]
+    moving = (clips["flow"].norm(dim=2, keepdim=True) > 0.1).float()
+    weights = {"rgb": 1 + objects, "flow": 1 + 12 * moving, "segmentation": 1 + 4 * objects, "depth": 1 + 2 * objects}
+    pictures = torch.cat([render(name, clips[name], first[name]) for name in weights])  # [4 B, T, 3, H, W]
+    weight = torch.cat(list(weights.values()))  # [4 B, T, 1, H, W]
+    mean, log_variance = vae.moments(rearrange(pictures, "b t c h w -> (b t) c h w"))
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    extra = torch.randn(mean.shape, generator=generator).to(mean) * 0.2 * torch.rand(1, generator=generator).to(mean)
+    latents = mean + (log_variance / 2).exp() * noise + extra
+    decoded = vae.decode(rearrange(latents, "(b t) c h w -> b t c h w", t=pictures.shape[1]))
+    error = (decoded.float() - pictures).abs()
+    error = (weight * (error + error**2)).mean(dim=(1, 2, 3, 4)) / weight.mean(dim=(1, 2, 3, 4))
+    kl = (mean**2 + log_variance.exp() - 1 - log_variance).mean().float() / 2
+    batch = len(objects)
+    parts = {name: part for name, part in zip(weights, error.split(batch), strict=True)}
+    return {"loss": error.view(4, batch).sum(0) + 2e-5 * kl, "kl": kl.expand(batch)} | parts
+
+
+@torch.no_grad()
+def measure_scale(vae: VAE, clips: ClipDataset, count: int = 16) -> float:
+    """1 / standard deviation of the latents of the four modalities: makes them unit size, as diffusion expects."""
+    latents = []
+    for i in range(min(count, len(clips))):
+        clip = clips[(i, 0)]
+        first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:1], "depth": clip["depth"][:1]}
+        latents += [vae.encode(render(name, clip[name][None], first[name])[0]) for name in first]
+    return 1 / torch.cat(latents).std().item()
+
+
+class VAETraining(nn.Module):
+    """The VAE with its loss as `forward`, so that DistributedDataParallel can wrap it."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        return vae_loss(self.vae, clips, generator)
+
+
+# ------------------------------------------------------------------------------------------- pictures while it trains
+
+
+@torch.no_grad()
+def write_samples(
+    path: Path, trained: VAE | MotionDreamer, vae: VAE, image_encoder: ImageEncoder | None, clip: dict[str, Tensor]
+) -> None:
+    """A picture with two rows for every modality that is learned, truth above sample, six frames of one clip.
+
+    Stage I is told one arrow, Stage II the true motion; a VAE encodes and decodes.
+    """
+    clip = {name: value[None].to(next(vae.parameters()).device) for name, value in clip.items()}
+    first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:, 0], "depth": clip["depth"][:, 0]}
+    pairs = {}
+    if isinstance(trained, VAE):
+        for name in first:
+            truth = render(name, clip[name], first[name])
+            pairs[name] = truth, decode(vae, encode(vae, truth))
+    else:
+        F = instance_flow(clip["flow"], clip["segmentation"])
+        generator = torch.Generator().manual_seed(0)
+        F, _ = random_mask(F, 1.0, "instance", first["segmentation"], generator, keep_one=True)
+        truth = Motion(clip["flow"], clip["segmentation"], clip["depth"])
+        stages = (None, trained) if trained.config.predict == ("rgb",) else (trained, None)
+        motion, video = dream(
+            *stages, vae, image_encoder, clip["rgb"][:, 0], first["segmentation"], first["depth"], F, clip["camera"],
+            frames=clip["rgb"].shape[1], generator=generator, motion=None if stages[0] else truth,
+        )  # fmt: skip
+        for name in trained.config.predict:
+            made = video if name == "rgb" else getattr(motion, name)
+            pairs[name] = tuple(render(name, value, first[name]) for value in (clip[name], made))
+    shown = np.linspace(0, clip["rgb"].shape[1] - 1, 6).round().astype(int)
+    rows = torch.cat([rearrange(row[0, shown], "t c h w -> c h (t w)") for pair in pairs.values() for row in pair], 1)
+    pixels = ((rows.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> None:
+    """step_N.pt, written whole or not at all; only the newest `keep` stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"step_{step:08d}.pt.partial"
+    torch.save(state, partial)
+    os.replace(partial, folder / f"step_{step:08d}.pt")
+    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path, device: str, settings: dict) -> dict | None:
+    """The newest checkpoint of a folder, if there is one. Raises ValueError: damaged, or made with other settings."""
+    path = max(folder.glob("step_*.pt"), default=None)
+    if path is None:
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start anew") from None
+    for name, value in settings.items():
+        was = state.get("settings", {}).get(name, value)
+        if was != value:
+            raise ValueError(f"{path}: was trained with {name} = {was}, now {name} = {value}: take another --out")
+    return state
+
+
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
+        if value.requires_grad:
+            average.lerp_(value.detach(), 1 - decay)
+
+
+def learning_rate(arguments: argparse.Namespace, step: int) -> float:
+    """Linear warm-up, constant, linear to 0 over the last `--cooldown` of the steps."""
+    left = (arguments.steps - step) / max(1, arguments.cooldown * arguments.steps)
+    return arguments.lr * min(1, (step + 1) / max(1, arguments.warmup), left)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def train(arguments: argparse.Namespace) -> None:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if world_size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(device)
+    bf16 = (arguments.precision or ("bf16" if cuda else "fp32")) == "bf16"
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
+    torch.manual_seed(arguments.seed)  # the initial weights
+
+    out, is_vae = Path(arguments.out), arguments.stage == "vae"
+    name = {"vae": "vae", "1": "stage1", "2": "stage2", "one": "stage2"}[arguments.stage]
+    folder = out / "training" / name
+    dataset = ClipDataset(arguments.data, arguments.frames)
+    validation = ClipDataset(arguments.val, dataset.frames) if arguments.val else None
+
+    # The model. `core` is what is saved, `model` has the loss as its forward.
+    if is_vae:
+        core = VAE(PRESETS[arguments.preset]["vae"]).to(device)
+        model, vae, image_encoder = VAETraining(core), None, None
+
+        def cached(clips: ClipDataset) -> torch.utils.data.Dataset:
+            return clips
+
+        if rank == 0 and not (out / "image_encoder").exists():
+            ImageEncoder(PRESETS[arguments.preset]["image_encoder"]).save_pretrained(out / "image_encoder")
+    else:
+        vae, image_encoder = frozen_encoders(arguments, out, device)
+        config = stage_config(arguments, dataset, vae)
+        if dataset.width % vae.factor or dataset.height % vae.factor:
+            size = f"{dataset.width}x{dataset.height}"
+            raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {vae.factor}")
+        if arguments.init:
+            model = core = MotionDreamer.from_svd(arguments.init, config, device)
+            if rank == 0 and not (out / "vae").exists():
+                vae.save_pretrained(out / "vae")
+                image_encoder.save_pretrained(out / "image_encoder")
+        else:
+            model = core = MotionDreamer(config, PRESETS[arguments.preset][name]).to(device)
+        token, context = image_encoder.config.projection_dim, core.unet.config.cross_attention_dim
+        if token != context:
+            raise ValueError(
+                f"{out}: its image tower gives {token} numbers, --preset {arguments.preset} takes {context}"
+            )
+        core.unet.gradient_checkpointing = arguments.checkpointing
+
+        def cached(clips: ClipDataset) -> torch.utils.data.Dataset:
+            if arguments.no_cache or not clips.whole:  # the window of a longer clip changes with every draw
+                return clips
+            return EncodedClips(clips, vae, image_encoder, rank, world_size)
+
+    parameters = list(core.parameters())
+    ema = copy.deepcopy(core).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameters, arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay)
+
+    # Resume. These settings make the run what it is; the others may change on the way.
+    names = ("stage", "ablation", "set", "init", "preset", "frames", "batch", "accumulate", "seed")
+    settings = {name: getattr(arguments, name) for name in names} | {"processes": world_size}
+    step, skipped = 0, 0
+    state = load_checkpoint(folder, device, settings)
+    if state:
+        core.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, skipped = state["step"], state["skipped"]
+    if is_vae and arguments.decoder_only:  # what encodes from now on is the moving average
+        ema.scaling_factor = VAE.from_pretrained(out, "vae").scaling_factor
+        for part in ("encoder", "quant_conv"):
+            getattr(core, part).load_state_dict(getattr(ema, part).state_dict())
+            getattr(core, part).requires_grad_(False)
+    if rank == 0:
+        trim_log(folder / "log.jsonl", step)
+        print(f"{folder}: " + (f"going on at step {step}" if state else "starting"))
+    if arguments.compile:
+        model = torch.compile(model)
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if cuda else None, find_unused_parameters=True)
+
+    encoded, encoded_val = cached(dataset), cached(validation) if validation else None
+    sampler = ResumableSampler(
+        len(dataset), arguments.seed, rank, world_size, start=step * arguments.accumulate * arguments.batch
+    )
+    loader = iter(
+        torch.utils.data.DataLoader(
+            encoded,
+            arguments.batch,
+            sampler=sampler,
+            num_workers=arguments.workers,
+            persistent_workers=arguments.workers > 0,
+        )
+    )
+
+    def losses_of(network: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with autocast:
+            if is_vae:
+                return network(batch, generator)
+            if "token" not in batch:
+                batch = encode_clips(batch, vae, image_encoder)
+            return network(training_batch(config, batch, vae, generator, arguments.drop), generator)
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        network, sums = (VAETraining(ema) if is_vae else ema), {}
+        for i in range(min(64, len(encoded_val))):
+            batch = torch.utils.data.default_collate([encoded_val[(i, 0)]])
+            for key, value in losses_of(network, batch, torch.Generator().manual_seed(i)).items():
+                sums[key] = sums.get(key, 0.0) + value.mean().item()
+        return {f"val_{key}": value / min(64, len(encoded_val)) for key, value in sums.items()}
+
+    def save() -> None:
+        if rank > 0:
+            return
+        state = {"model": core.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": step, "skipped": skipped, "settings": settings}
+        save_checkpoint(folder, step, state, arguments.keep)
+        if is_vae and not arguments.decoder_only:
+            ema.scaling_factor = measure_scale(ema, dataset)
+        ema.save_pretrained(out / name)
+
+    stop, failures = [], 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda *_: stop.append(True))
+
+    def stopping() -> bool:
+        """Whether any process was told to stop: they stop at the same step."""
+        told = torch.tensor(float(bool(stop)), device=device)
+        if world_size > 1:
+            dist.all_reduce(told)
+        return told.item() > 0
+
+    # The loop (Algorithm 1).
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / "log.jsonl", "a", buffering=1) if rank == 0 else None  # noqa: SIM115 (open until the end)
+    bar = tqdm(total=arguments.steps, initial=step, desc=name, disable=rank > 0 or arguments.quiet)
+    while step < arguments.steps and not stopping():
+        started, sums = time.perf_counter(), {}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(arguments, step)
+        for micro in range(arguments.accumulate):
+            generator = torch.Generator().manual_seed(seed_of(arguments.seed, rank, step, micro))
+            if world_size > 1:
+                model.require_backward_grad_sync = micro == arguments.accumulate - 1
+            losses = losses_of(model, next(loader), generator)
+            (losses["loss"].mean() / arguments.accumulate).backward()
+            for key, value in losses.items():
+                sums[key] = sums.get(key, 0.0) + value.detach().mean().item() / arguments.accumulate
+        norm = nn.utils.clip_grad_norm_(parameters, arguments.clip_grad).item()
+        if math.isfinite(norm):
+            optimizer.step()
+            update_ema(ema, core, min(arguments.ema, (1 + step) / (10 + step)))
+            failures = 0
+        else:  # the norm is that of all processes: they skip together
+            skipped, failures = skipped + 1, failures + 1
+            if failures == 50:
+                raise ValueError(f"step {step + 1}: 50 steps in a row without a finite gradient")
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if log:
+            lr = optimizer.param_groups[0]["lr"]
+            record = {"step": step, **sums, "grad_norm": norm, "lr": lr, "skipped": skipped}
+            if encoded_val is not None and (step % arguments.val_every == 0 or step == arguments.steps):
+                record |= validate()
+            record |= {"seconds": time.perf_counter() - started, "memory": peak_memory(cuda)}
+            log.write(json.dumps(record) + "\n")
+            bar.set_postfix(loss=f"{sums['loss']:.4f}")
+            bar.update()
+        if step % arguments.save_every == 0:
+            save()
+        if arguments.sample_every and step % arguments.sample_every == 0 and rank == 0:
+            clip = (validation or dataset)[(0, 0)]
+            write_samples(folder / "samples" / f"step_{step:08d}.png", ema, ema if is_vae else vae, image_encoder, clip)
+    if step % arguments.save_every:
+        save()
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        print(f"{out / name}: {step} of {arguments.steps} steps" + ("; run the same command to go on" if stop else ""))
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, such that neighbours have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Removes the lines after the checkpoint: those steps will be done again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(lines))
+        shutil.move(partial, path)
+
+
+def peak_memory(cuda: bool) -> int:
+    """Bytes: of the GPU, or of the process."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, where only GPUs are supported
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        train(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
