@@ -1,0 +1,47 @@
+"""Writes the example beside the weights: a held-out scene's first frame, its ids and depth, and arrows.
+
+python demo/make_example.py        # example.png, ids.png, depth.png (millimetres), arrows*.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from data import Clip  # noqa: E402
+from instance_flow import instance_flow  # noqa: E402
+from simulate import simulate  # noqa: E402
+
+SEED = 1000001  # training ends below 1000000
+
+
+def arrow(clip: Clip) -> dict:
+    """From the middle of the pushed thing, by its mean flow over all frames: where it should be at the end."""
+    tensors, pushed = clip.tensors(), clip.meta["pushed"]
+    flow = instance_flow(tensors["flow"], tensors["segmentation"])
+    y, x = np.nonzero(clip.segmentation[0] == pushed)
+    nearest = np.argmin((x - x.mean()) ** 2 + (y - y.mean()) ** 2)
+    start = [int(x[nearest]), int(y[nearest])]
+    step = flow[:, start[1], start[0]] * (len(clip.rgb) - 1)
+    return {"start": start, "end": [round(start[0] + step[0].item(), 1), round(start[1] + step[1].item(), 1)]}
+
+
+def main() -> None:
+    size, side = (128, 64), simulate("dominoes", SEED, 1, (16, 8)).meta["side"]
+    clip, opposite = (simulate("dominoes", SEED, 16, size, {"side": s, "strength": 1.2}) for s in (side, -side))
+    Image.fromarray(clip.rgb[0]).save(HERE / "example.png")
+    Image.fromarray(clip.segmentation[0]).save(HERE / "ids.png")
+    Image.fromarray((clip.depth[0] * 1000).astype(np.uint16)).save(HERE / "depth.png")
+    files = {"arrows": [arrow(clip)], "arrows_opposite": [arrow(opposite)], "arrows_none": []}
+    for name, arrows in files.items():
+        text = json.dumps({"arrows": arrows, "segmentation": "ids.png", "depth": "depth.png"})
+        (HERE / f"{name}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
