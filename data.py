@@ -169,8 +169,10 @@ def _palette() -> Tensor:
     grid = torch.cartesian_prod(axis, axis, axis)
     corners = ["000", "100", "011", "010", "101", "001", "110", "111"]  # RGB
     palette = torch.tensor([[2.0 * int(bit) - 1 for bit in corner] for corner in corners])
+    distance = (grid[:, None] - palette).square().sum(-1).amin(1)
     while len(palette) < 256:
-        palette = torch.cat([palette, grid[torch.cdist(grid, palette).amin(1).argmax(), None]])
+        palette = torch.cat([palette, grid[distance.argmax(), None]])
+        distance = torch.minimum(distance, (grid - palette[-1]).square().sum(-1))
     return palette
 
 
