@@ -96,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--ablation", choices=list(ABLATIONS), default="motion_dreamer", help="row of Table 3")
     what.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StageConfig")
     what.add_argument("--init", metavar="REPO_OR_DIR", help="SVD's weights; without it, start from nothing")
+    what.add_argument("--start", metavar="DIR", help="begin with the weights that this model folder has for the stage")
     what.add_argument("--preset", choices=list(PRESETS), default="demo", help="size of a model from nothing")
     where = parser.add_argument_group("data and output")
     where.add_argument("--data", required=True, metavar="DIR")
@@ -154,10 +155,18 @@ def stage_config(arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE) 
 def frozen_encoders(arguments: argparse.Namespace, out: Path, device: str) -> tuple[VAE, ImageEncoder]:
     """VAE and image tower, frozen: SVD's with --init, else those that `--stage vae` left in the model folder."""
     source = arguments.init or out
-    kept = {"dtype": torch.float32, "device": device}  # downloads are often half precision
-    vae = VAE.from_pretrained(source, "vae", **kept).requires_grad_(False).eval()
-    image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **kept).requires_grad_(False).eval()
+    full = {"dtype": torch.float32, "device": device}  # downloads are often half precision
+    vae = VAE.from_pretrained(source, "vae", **full).requires_grad_(False).eval()
+    image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **full).requires_grad_(False).eval()
     return vae, image_encoder
+
+
+def copy_weights(model: nn.Module, source: nn.Module, folder: str) -> None:
+    """Weights of one model into another of the same shape. Raises ValueError that names the folder they came from."""
+    try:
+        model.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"--start {folder}: {str(error).splitlines()[1].strip()}") from None
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -342,6 +351,7 @@ def train(arguments: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     bf16 = (arguments.precision or ("bf16" if cuda else "fp32")) == "bf16"
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
+    full = {"dtype": torch.float32, "device": device}  # weights on disk are often half precision
     torch.manual_seed(arguments.seed)  # the initial weights
 
     out, is_vae = Path(arguments.out), arguments.stage == "vae"
@@ -353,13 +363,18 @@ def train(arguments: argparse.Namespace) -> None:
     # The model. `core` is what is saved, `model` has the loss as its forward.
     if is_vae:
         core = VAE(PRESETS[arguments.preset]["vae"]).to(device)
+        if arguments.start:
+            copy_weights(core, VAE.from_pretrained(arguments.start, "vae", **full), arguments.start)
         model, vae, image_encoder = VAETraining(core), None, None
 
         def cached(clips: ClipDataset) -> torch.utils.data.Dataset:
             return clips
 
         if rank == 0 and not (out / "image_encoder").exists():
-            ImageEncoder(PRESETS[arguments.preset]["image_encoder"]).save_pretrained(out / "image_encoder")
+            tower = ImageEncoder(PRESETS[arguments.preset]["image_encoder"])
+            if arguments.start:
+                tower = ImageEncoder.from_pretrained(arguments.start, "image_encoder", **full)
+            tower.save_pretrained(out / "image_encoder")
     else:
         vae, image_encoder = frozen_encoders(arguments, out, device)
         config = stage_config(arguments, dataset, vae)
@@ -373,6 +388,8 @@ def train(arguments: argparse.Namespace) -> None:
                 image_encoder.save_pretrained(out / "image_encoder")
         else:
             model = core = MotionDreamer(config, PRESETS[arguments.preset][name]).to(device)
+            if arguments.start:
+                copy_weights(core, MotionDreamer.from_pretrained(arguments.start, name, **full), arguments.start)
         token, context = image_encoder.config.projection_dim, core.unet.config.cross_attention_dim
         if token != context:
             raise ValueError(
@@ -390,7 +407,7 @@ def train(arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parameters, arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay)
 
     # Resume. These settings make the run what it is; the others may change on the way.
-    names = ("stage", "ablation", "set", "init", "preset", "frames", "batch", "accumulate", "seed")
+    names = ("stage", "ablation", "set", "init", "start", "preset", "frames", "batch", "accumulate", "seed")
     settings = {name: getattr(arguments, name) for name in names} | {"processes": world_size}
     step, skipped = 0, 0
     state = load_checkpoint(folder, device, settings)

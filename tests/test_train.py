@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from tiny import TINY, UNET_CONFIG, moving_squares, tiny_tower, tiny_vae
 import train
 from data import ResumableSampler
 from motion_dreamer import MotionDreamer
-from svd import VAE, UNet
+from svd import VAE, ImageEncoder, UNet
 
 ROOT = Path(__file__).parent.parent
+PRESET = train.PRESETS["tiny"]  # what other processes see
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +233,26 @@ def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
     assert (tmp_path / "new" / "vae" / "config.json").exists()
 
 
+def test_starts_from_a_model_folder(monkeypatch, clips, out, tmp_path, capsys):
+    run(monkeypatch, clips, out, steps=2)
+    copied = tmp_path / "copied"
+    for part in ("vae", "image_encoder"):
+        shutil.copytree(out / part, copied / part)
+    run(monkeypatch, clips, copied, "--start", out, "--lr", 0, steps=1)
+    run(monkeypatch, clips, copied, "--start", out, "--lr", 0, stage="vae", steps=1)
+    for name, part in (("stage1", MotionDreamer), ("vae", VAE)):
+        before, after = (part.from_pretrained(folder, name).state_dict() for folder in (out, copied))
+        for key, value in before.items():
+            torch.testing.assert_close(after[key], value, rtol=1e-6, atol=1e-7)  # the moving average rounds
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, tmp_path / "copied", "--start", out, stage="2", steps=1)
+    assert stop.value.code == 2 and f"{out}/stage2" in capsys.readouterr().err
+    shutil.copytree(out / "stage1", out / "stage2")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, tmp_path / "copied", "--start", out, stage="2", steps=1)
+    assert stop.value.code == 2 and f"--start {out}: size mismatch" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------ other processes
 
 
@@ -257,10 +279,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(clips, out):
 
 def test_two_processes_train_one_model(clips, tmp_path):
     """Whenever they start, DistributedDataParallel checks that both have equal weights."""
-    out = tmp_path / "model"
+    out = tmp_path / "out"
+    VAE(PRESET["vae"]).save_pretrained(out / "vae")
+    ImageEncoder(PRESET["image_encoder"]).save_pretrained(out / "image_encoder")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    for stage, steps in (("vae", 1), ("1", 2), ("1", 3)):
-        told = command(clips, out, "--accumulate", 2, stage=stage, steps=steps)
+    for steps in (2, 3):
+        told = command(clips, out, "--accumulate", 2, steps=steps)
         done = subprocess.run([*launch, *told], cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert [line["step"] for line in logged(out)] == [1, 2, 3]
