@@ -75,7 +75,7 @@ class StageConfig:
     splat_time: str = "linear"  # frame t is warped by t F ("linear") or by F ("constant", Eq. 7 literally)
     motion_weight: float = 1.0  # lambda of Algorithm 1
     motion_threshold: float = 0.1  # tau of Eq. 11, pixels per frame step
-    keep_first_frame: bool = True  # S_0 and D_0 are known: the sampler puts them back instead of sampling them
+    keep_first_frame: bool = True  # I_0, S_0, D_0 are known: the sampler puts them back instead of sampling them
     sigma_mean: float = 0.7  # ln sigma ~ N(sigma_mean, sigma_std^2) in training
     sigma_std: float = 1.6
     sigma_max: float = 700.0  # where sampling starts
@@ -331,8 +331,8 @@ def sampling_condition(
     latents = {name: vae.encode(noisy[name]) * (values[name] is not None) for name in config.first_frame}
     unknown = torch.full_like(latents["rgb"], math.nan)
     known = [
-        latents[name] * vae.scaling_factor
-        if config.keep_first_frame and name in ("segmentation", "depth") and values[name] is not None
+        encode(vae, pictures[name][:, None])[:, 0]
+        if config.keep_first_frame and values.get(name) is not None
         else unknown
         for name in config.predict
     ]
@@ -661,4 +661,7 @@ def dream(
         motion = decode_motion(stage1.config, vae, run(stage1, None), segmentation, depth)
     if stage2 is None:
         return motion, None
-    return motion, decode(vae, run(stage2, motion)).clamp(-1, 1)
+    video = decode(vae, run(stage2, motion)).clamp(-1, 1)
+    if stage2.config.keep_first_frame:
+        video[:, 0] = image
+    return motion, video

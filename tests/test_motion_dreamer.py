@@ -325,6 +325,8 @@ def test_training_and_sampling_see_the_same_condition(models, monkeypatch):
         first = batch.x0[:, 0]
         expected = torch.where(cond.known.isnan(), first, cond.known)
         torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
+        unknown = cond.known.isnan().all(dim=3).all(dim=2).all(dim=0)  # of frame 0, only the flow
+        assert unknown.sum() == config.latent_channels * ("flow" in config.predict)
 
 
 def test_training_batch_drops_each_part_by_itself(models):
@@ -457,6 +459,7 @@ def test_dream_is_stage_one_then_stage_two(models):
     settings = {"frames": 4, "steps": 2}
     motion, video = md.dream(stage1, stage2, vae, tower, *told, **settings, generator=torch.Generator().manual_seed(0))
     assert video.shape == (1, 4, 3, 16, 24) and video.abs().max() <= 1
+    assert torch.equal(video[:, 0], told[0]) and not torch.equal(video[:, 1], told[0])  # I_0 is known
     generator = torch.Generator().manual_seed(0)
     alone, nothing = md.dream(stage1, None, vae, tower, *told, **settings, generator=generator)
     assert nothing is None and torch.equal(alone.flow, motion.flow)
