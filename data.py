@@ -5,7 +5,9 @@ section 3.1 (optical flow, instance segmentation, depth). Stage I and II see eac
 [-1, 1], because all of them pass through the same frozen VAE; the codecs below make those pictures, and each is
 invertible.
 
-    python data.py check DIR          # what is wrong with which clip; exit code 2 when something is
+    python data.py check DIR                          # what is wrong with which clip; exit code 2 when something is
+    python data.py annotate VIDEO... --out DIR        # clips from real videos, see annotate.py
+    python data.py physion TRIAL.hdf5... --out DIR    # clips from Physion's trials, see physion.py
 
 Symbols: T frames, H W pixels, O flow [T, 2, H, W] (dx right, dy down, pixels per frame step, frame t -> t+1), S ids
 [T, H, W] (0 = background), D depth [T, H, W] along the viewing axis, c camera (forward, yaw).
@@ -372,20 +374,33 @@ def check(folder: str | os.PathLike) -> list[str]:
     return problems
 
 
+def run_check(arguments: argparse.Namespace) -> None:
+    """`data.py check`: all problems on stderr, a line each, and exit code 2."""
+    problems = check(arguments.folder)
+    for line in problems:
+        print(line, file=sys.stderr)
+    if problems:
+        sys.exit(2)
+    print(f"{arguments.folder}: {len(find_clips(arguments.folder))} clips, all readable and of one size")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="read every clip, name the bad ones").add_argument("folder", metavar="DIR")
+    checking = commands.add_parser("check", help="read every clip, name the bad ones")
+    checking.add_argument("folder", metavar="DIR")
+    checking.set_defaults(run=run_check)
+    import annotate  # here, since they import this file
+    import physion
+
+    annotate.add_commands(commands)
+    physion.add_commands(commands)
     arguments = parser.parse_args()
     try:
-        problems = check(arguments.folder)
-    except FileNotFoundError as error:
-        problems = [str(error)]
-    for line in problems:
-        print(line, file=sys.stderr)
-    if not problems:
-        print(f"{arguments.folder}: {len(find_clips(arguments.folder))} clips, all readable and of one size")
-    sys.exit(2 if problems else 0)
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

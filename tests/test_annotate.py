@@ -1,0 +1,592 @@
+"""annotate.py: videos to clips. Each formula against an independent statement of it."""
+
+import argparse
+import math
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import annotate
+from annotate import Pictures
+from data import Clip
+
+
+def command(*words) -> None:
+    """What `python data.py WORDS` does, but for the printing of errors."""
+    parser = argparse.ArgumentParser()
+    annotate.add_commands(parser.add_subparsers(required=True))
+    arguments = parser.parse_args([str(word) for word in words])
+    arguments.run(arguments)
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> Path:
+    imageio.imwrite(path, frames, fps=fps, macro_block_size=1, quality=10)
+    return path
+
+
+def gray_levels(levels: list[int], height: int = 24, width: int = 36) -> np.ndarray:
+    """One flat gray frame a level: what survives a video codec."""
+    return np.repeat(np.array(levels, np.uint8), height * width * 3).reshape(-1, height, width, 3)
+
+
+# ------------------------------------------------------------------------------------------------------- video -> shots
+
+
+@pytest.mark.parametrize("size", [(9, 7), (5, 11), (31, 4), (18, 14)])
+def test_crop_is_central_and_keeps_the_aspect(size):
+    left, top, right, bottom = annotate.crop_box(37, 23, size)
+    assert (right - left) / (bottom - top) == pytest.approx(size[0] / size[1])
+    assert (left + right, top + bottom) == (pytest.approx(37), pytest.approx(23))
+    assert min(left, top) == pytest.approx(0) and min(left, top) >= -1e-9  # the largest one
+    values = noise(2, 23, 37)
+    fitted = annotate.fit_nearest(values, size)
+    for row in range(size[1]):
+        for column in range(size[0]):
+            x, y = left + (column + 0.5) * (right - left) / size[0], top + (row + 0.5) * (bottom - top) / size[1]
+            np.testing.assert_array_equal(fitted[:, row, column], values[:, int(y), int(x)])
+    assert annotate.fit(noise(23, 37, 3), size).shape == (size[1], size[0], 3)
+
+
+@pytest.mark.parametrize(("source", "fps"), [(30, 7), (29.97, 7), (25, 25), (24, 10), (60, 8.5)])
+def test_resampling_takes_the_frame_that_is_nearest_in_time(source, fps):
+    kept = list(annotate.resample(range(200), source, fps))
+    assert len(kept) == len(set(kept)) and kept[0] == 0
+    for k, number in enumerate(kept):
+        assert abs(number / source - k / fps) <= 0.5 / source + 1e-9
+    assert abs(len(kept) / fps - 200 / source) <= 1 / fps
+
+
+def test_read_video_resamples_and_resizes(tmp_path):
+    levels = list(range(20, 220, 10))
+    path = write_video(tmp_path / "a.mp4", gray_levels(levels), 20)
+    frames = list(annotate.read_video(path, (18, 12), 5))
+    assert [frame.shape for frame in frames] == [(12, 18, 3)] * 5
+    assert np.abs([frame.mean() for frame in frames] - np.array(levels[::4])).max() < 6
+
+
+def test_read_video_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.mp4: no such file"):
+        list(annotate.read_video(tmp_path / "a.mp4", (18, 12), 5))
+    (tmp_path / "b.mp4").write_text("no video" * 99)
+    with pytest.raises(ValueError, match=r"b\.mp4: not a video"):
+        list(annotate.read_video(tmp_path / "b.mp4", (18, 12), 5))
+    path = write_video(tmp_path / "c.mp4", gray_levels([9, 99, 200]), 5)
+    with pytest.raises(ValueError, match=r"c\.mp4: has 5 frames a second, --fps 7 asks for more"):
+        list(annotate.read_video(path, (18, 12), 7))
+    assert len(list(annotate.read_video(path, (18, 12), 5.04))) == 3  # within 1 %
+
+
+def test_pieces_end_at_scene_cuts():
+    scenes = [np.full((6, 10, 3), level, np.uint8) for level in (10, 200, 90)]
+    frames = [scenes[i] for i in [0] * 7 + [1] * 4 + [2] * 3]
+    found = [(start, len(rgb), int(rgb[0, 0, 0, 0])) for start, rgb in annotate.pieces(frames, 3)]
+    assert found == [(0, 3, 10), (3, 3, 10), (6, 1, 10), (7, 3, 200), (10, 1, 200), (11, 3, 90)]
+    assert list(annotate.pieces([], 3)) == []
+
+
+def test_a_cut_is_where_most_pixels_change_their_color_class():
+    random = np.random.default_rng(1)
+    still = np.zeros((10, 10, 3), np.uint8)
+    for changed in (10, 49, 50, 51, 80):
+        other = still.copy().reshape(100, 3)
+        other[random.permutation(100)[:changed]] = (255, 0, 128)
+        count = len(list(annotate.pieces([still, other.reshape(10, 10, 3)], 5)))
+        assert count == (2 if changed > 50 else 1)
+    moved = noise(10, 10, 3)
+    assert len(list(annotate.pieces([moved, np.roll(moved, 5, 1)], 5))) == 1  # motion is no cut
+
+
+# ------------------------------------------------------------------------------------------------------ a user's folder
+
+
+def test_flow_files(tmp_path):
+    flow = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
+    content = struct.pack("<fii", 202021.25, 7, 5)
+    for y in range(5):
+        for x in range(7):
+            content += struct.pack("<ff", flow[0, y, x], flow[1, y, x])
+    (tmp_path / "a.flo").write_bytes(content)
+    np.testing.assert_array_equal(annotate.read_flow(tmp_path / "a.flo"), flow)
+    np.save(tmp_path / "a.npy", flow)
+    np.testing.assert_array_equal(annotate.read_flow(tmp_path / "a.npy"), flow)
+    for wrong, message in ((content[:-4], "has 288 bytes"), (b"abc" * 9, "not a .flo file"), (b"", "not a .flo file")):
+        (tmp_path / "b.flo").write_bytes(wrong)
+        with pytest.raises(ValueError, match=message):
+            annotate.read_flow(tmp_path / "b.flo")
+    np.save(tmp_path / "b.npy", flow.transpose(1, 2, 0))
+    with pytest.raises(ValueError, match=r"has shape \(5, 7, 2\)"):
+        annotate.read_flow(tmp_path / "b.npy")
+
+
+def test_id_files(tmp_path):
+    ids = noise(5, 7) % 9
+    Image.fromarray(ids).save(tmp_path / "gray.png")
+    palette = Image.fromarray(ids).convert("P")
+    palette.putdata(ids.ravel().tolist())
+    palette.save(tmp_path / "palette.png")
+    np.save(tmp_path / "ids.npy", ids.astype(np.int64))
+    for name in ("gray.png", "palette.png", "ids.npy"):
+        np.testing.assert_array_equal(annotate.read_ids(tmp_path / name), ids)
+    Image.fromarray(noise(5, 7, 3)).save(tmp_path / "color.png")
+    with pytest.raises(ValueError, match="is a colour picture"):
+        annotate.read_ids(tmp_path / "color.png")
+    for wrong in (ids * 1.0, ids.astype(int) + 300, ids[None]):
+        np.save(tmp_path / "wrong.npy", wrong)
+        with pytest.raises(ValueError, match="expected integers from 0 to 255"):
+            annotate.read_ids(tmp_path / "wrong.npy")
+
+
+def test_a_folder_is_read_by_frame_number(tmp_path):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    depth = np.random.default_rng(0).uniform(1, 9, size=(6, 5, 7)).astype(np.float32)
+    for number in range(2, 6):
+        np.save(folder / f"{number:06d}.npy", depth[number])
+    told = annotate.from_folder(Pictures("v", 2, noise(4, 5, 7, 3)), "--depth", tmp_path)
+    np.testing.assert_array_equal(told, depth[2:])
+    with pytest.raises(ValueError, match=r"--depth .*v: has no 000006\.npy or \.png"):
+        annotate.from_folder(Pictures("v", 3, noise(4, 5, 7, 3)), "--depth", tmp_path)
+    with pytest.raises(ValueError, match=r"000002\.npy: is 7x5, the frames are 8x5"):
+        annotate.from_folder(Pictures("v", 2, noise(4, 5, 8, 3)), "--depth", tmp_path)
+    np.save(folder / "000003.npy", depth[3] * 0)
+    with pytest.raises(ValueError, match=r"^[^:]*000003\.npy: holds the depth 0"):
+        annotate.from_folder(Pictures("v", 2, noise(4, 5, 7, 3)), "--depth", tmp_path)
+    (folder / "000004.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"000004\.npy: "):
+        annotate.from_folder(Pictures("v", 4, noise(1, 5, 7, 3)), "--depth", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- flow
+
+
+class FlowStandIn(torch.nn.Module):
+    """RAFT's interface: a list of refinements; the last one tells what both pictures hold at a pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, first, second, num_flow_updates=12):
+        height, width = first.shape[-2:]
+        assert first.shape == second.shape and height % 8 == width % 8 == 0 and min(height, width) >= 128
+        assert max(first.abs().max(), second.abs().max()) <= 1
+        return [torch.zeros(1, 2, height, width), torch.stack([first[:, 0], second[:, 2]], dim=1) * self.weight]
+
+
+@pytest.mark.parametrize("shape", [(3, 45, 61), (2, 128, 136), (2, 129, 200)])
+def test_raft_sees_padded_pairs_in_order(shape):
+    rgb = noise(*shape, 3)
+    flow = annotate.raft_flow(Pictures("v", 0, rgb), FlowStandIn())
+    expected = np.stack([rgb[:-1, ..., 0], rgb[1:, ..., 2]], axis=1) / 127.5 - 1
+    np.testing.assert_allclose(flow, expected, atol=1e-6)
+
+
+def stand_in_torchvision(monkeypatch) -> list:
+    asked = []
+    build = {
+        name: lambda weights, name=name: asked.append((name, weights)) or FlowStandIn()
+        for name in ("raft_large", "raft_small")
+    }
+    monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", SimpleNamespace(**build))
+    return asked
+
+
+def test_raft_weights_come_from_a_file_or_the_package(tmp_path, monkeypatch):
+    asked = stand_in_torchvision(monkeypatch)
+    torch.save({"weight": torch.full((1,), 3.0)}, tmp_path / "w.pth")
+    model = annotate.flow_annotator("raft-small", str(tmp_path / "w.pth")).keywords["model"]
+    assert model.weight.item() == 3 and not model.training
+    annotate.flow_annotator("raft", None)
+    assert asked == [("raft_small", None), ("raft_large", "DEFAULT")]
+    torch.save({"other": torch.ones(1)}, tmp_path / "w.pth")
+    for path in (tmp_path / "w.pth", tmp_path / "none.pth", Path(__file__)):
+        with pytest.raises(ValueError, match=f"--flow-weights {path}: "):
+            annotate.flow_annotator("raft", str(path))
+    with pytest.raises(ValueError, match="goes with --flow raft"):
+        annotate.flow_annotator(str(tmp_path), "w.pth")
+
+
+def test_the_real_raft():
+    try:
+        from torchvision.models.optical_flow import raft_small
+    except (ImportError, RuntimeError):  # missing, or compiled for another torch
+        pytest.skip("torchvision does not import here")
+    flow = annotate.raft_flow(Pictures("v", 0, noise(2, 45, 61, 3)), raft_small(weights=None).eval())
+    assert flow.shape == (1, 2, 45, 61) and np.isfinite(flow).all()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "ask", "message"),
+    [
+        ("torchvision.models.optical_flow", lambda: annotate.flow_annotator("raft", None),
+         "--flow raft needs torchvision: pip install torchvision"),
+        ("transformers", lambda: annotate.segmentation_annotator("sam2", "x"),
+         "--segmentation sam2 needs transformers: pip install transformers"),
+        ("transformers", lambda: annotate.depth_annotator("depth-anything", "x"),
+         "--depth depth-anything needs transformers: pip install transformers"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_one_line(monkeypatch, hidden, ask, message):
+    monkeypatch.setitem(sys.modules, hidden, None)  # importing it raises ImportError
+    with pytest.raises(ValueError) as error:
+        ask()
+    assert str(error.value) == message
+
+
+def test_a_broken_or_old_package_is_one_line(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator nms does not exist\nmore")
+
+    with pytest.raises(ValueError, match=r"^--x needs a json that has loud \(pip install -U json\): .*$"):
+        annotate.need("json", "--x", "json", "loads", "loud")
+    monkeypatch.setattr(annotate.importlib, "import_module", broken)
+    with pytest.raises(ValueError, match=r"^--x needs y, but the installed one fails: operator nms does not exist$"):
+        annotate.need("y", "--x", "y")
+
+
+@pytest.mark.parametrize("ask", [
+    lambda: annotate.flow_annotator("raff", None),
+    lambda: annotate.segmentation_annotator("sam", "x"),
+    lambda: annotate.depth_annotator("anything", "x"),
+])  # fmt: skip
+def test_an_unknown_annotator_is_no_folder(ask):
+    with pytest.raises(ValueError, match=r"^--\w+ (raff|sam|anything): expected .* or a folder$"):
+        ask()
+
+
+# --------------------------------------------------------------------------------------------------------- segmentation
+
+
+def test_masks_are_painted_small_over_large():
+    random = np.random.default_rng(0)
+    masks = [random.random((20, 30)) < share for share in (0.3, 0.05, 0.8, 0.15)] + [np.zeros((20, 30), bool)]
+    ids = annotate.paint_masks(masks, 20, 30)
+    for y in range(20):
+        for x in range(30):
+            over = [number for number, i in ((3, 1), (2, 3), (1, 0)) if masks[i][y, x]]  # 0.8 is background, 0 a speck
+            assert ids[y, x] == (over or [0])[0]
+    assert not annotate.paint_masks([], 20, 30).any()
+
+
+def transformers_or_skip():
+    transformers = pytest.importorskip("transformers")
+    try:
+        _ = transformers.Sam2VideoModel, transformers.DepthAnythingForDepthEstimation
+    except (ImportError, AttributeError):  # beside a torchvision that does not load, or old
+        pytest.skip("transformers cannot load its models here")
+    return transformers
+
+
+@pytest.fixture(scope="module")
+def sam2():
+    """The real class, tiny, with random weights."""
+    transformers = transformers_or_skip()
+    back = transformers.Sam2HieraDetConfig(
+        hidden_size=8, num_attention_heads=1, image_size=[128, 128], blocks_per_stage=[1, 1, 1, 1],
+        embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 1, 1],
+        window_size_per_stage=[8, 4, 4, 4], global_attention_blocks=[],
+    )  # fmt: skip
+    vision = transformers.Sam2VisionConfig(
+        backbone_config=back, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=128,
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+    )  # fmt: skip
+    config = transformers.Sam2VideoConfig(
+        vision_config=vision, image_size=128, memory_attention_hidden_size=128, memory_attention_num_layers=1,
+        prompt_encoder_config={"hidden_size": 128, "image_size": 128},
+        mask_decoder_config={"hidden_size": 128, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
+        memory_attention_feed_forward_hidden_size=32, memory_attention_rope_feat_sizes=[8, 8],
+        memory_encoder_hidden_size=128, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
+        memory_fuser_intermediate_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Sam2VideoModel(config).eval()
+
+
+def two_objects() -> np.ndarray:
+    first = np.zeros((45, 61), np.uint8)
+    first[5:20, 5:30], first[22:40, 30:55] = 3, 7
+    return first
+
+
+def test_sam2_follows_the_first_frame(sam2, tmp_path, monkeypatch):
+    """Also from a folder in the published layout; the proposals are a stand-in."""
+    transformers, first, rgb = transformers_or_skip(), two_objects(), noise(4, 45, 61, 3)
+    sam2.save_pretrained(tmp_path)
+    ids = annotate.propagate(rgb, first, sam2)
+    assert (ids.shape, ids.dtype) == (rgb.shape[:3], np.uint8)
+    np.testing.assert_array_equal(ids[0], first)
+    assert set(np.unique(ids)) <= {0, 3, 7} and (ids[1:] > 0).any()
+    np.testing.assert_array_equal(annotate.propagate(rgb[:2], first, sam2), ids[:2])  # causal
+    library = SimpleNamespace(
+        Sam2VideoModel=transformers.Sam2VideoModel,
+        Sam2VideoInferenceSession=transformers.Sam2VideoInferenceSession,
+        pipeline=lambda task, model, device: lambda picture: {"masks": [first == 7, torch.from_numpy(first == 3)]},
+    )
+    monkeypatch.setattr(annotate, "need", lambda *names: library)
+    told = annotate.segmentation_annotator("sam2", str(tmp_path))(Pictures("v", 0, rgb))
+    np.testing.assert_array_equal(told[0], np.where(first == 7, 1, np.where(first == 3, 2, 0)))  # by area
+    assert (told == np.where(ids == 7, 1, np.where(ids == 3, 2, 0))).mean() > 0.9
+    with pytest.raises(ValueError, match="--segmentation-model .*none: "):
+        annotate.segmentation_annotator("sam2", str(tmp_path / "none"))
+
+
+def test_the_largest_positive_logit_wins():
+    transformers_or_skip()
+    logits = torch.randn(3, 2, 1, 45, 61, generator=torch.Generator().manual_seed(0))
+    sessions = []
+
+    def iterate(session, start_frame_idx):
+        sessions.append(session)
+        return (SimpleNamespace(object_ids=[3, 7], pred_masks=values, frame_idx=t) for t, values in enumerate(logits))
+
+    model = SimpleNamespace(
+        config=SimpleNamespace(image_size=64), device="cpu", dtype=torch.float32, propagate_in_video_iterator=iterate
+    )
+    ids = annotate.propagate(noise(3, 45, 61, 3), two_objects(), model)
+    for t in (1, 2):
+        a, b = logits[t, :, 0].numpy()
+        np.testing.assert_array_equal(ids[t], np.where((a > 0) & (a >= b), 3, np.where(b > 0, 7, 0)))
+    assert sessions[0].obj_with_new_inputs == [3, 7] and sessions[0].mask_inputs_per_obj[1][0].shape == (1, 1, 64, 64)
+    assert not annotate.propagate(noise(3, 45, 61, 3), two_objects() * 0, model).any() and len(sessions) == 1
+
+
+def test_the_real_mask_proposals(sam2, tmp_path):
+    try:
+        import torchvision  # noqa: F401
+        from transformers import Sam2ImageProcessor
+    except (ImportError, RuntimeError):
+        pytest.skip("transformers or torchvision does not import here")
+    sam2.save_pretrained(tmp_path)
+    size = {"height": 128, "width": 128}
+    Sam2ImageProcessor(size=size, mask_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    rgb = noise(2, 45, 61, 3)
+    ids = annotate.segmentation_annotator("sam2", str(tmp_path))(Pictures("v", 0, rgb))
+    assert ids.shape == rgb.shape[:3]
+
+
+# ---------------------------------------------------------------------------------------------------------------- depth
+
+
+def test_relative_depth_has_one_scale_for_the_clip():
+    nearness = np.random.default_rng(0).uniform(-4, 90, size=(3, 5, 7)).astype(np.float32)
+    depth = annotate.relative_depth(nearness)
+    assert depth.min() == pytest.approx(1) and depth.max() == pytest.approx(50, rel=1e-3)
+    slope, offset = np.polyfit(nearness.ravel(), 1 / depth.ravel(), 1)
+    np.testing.assert_allclose(1 / depth, slope * nearness + offset, atol=1e-5)
+    assert depth[0].min() > 1.0 or depth[1].min() > 1.0  # not each frame for itself
+    np.testing.assert_allclose(annotate.relative_depth(nearness * 3 + 5), depth, rtol=1e-4)
+    assert np.isfinite(annotate.relative_depth(nearness * 0 + 2)).all()
+
+
+def test_depth_anything_from_a_folder(tmp_path):
+    transformers = transformers_or_skip()
+    back = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"], apply_layernorm=True, reshape_hidden_states=False,
+    )  # fmt: skip
+    config = transformers.DepthAnythingConfig(
+        backbone_config=back, patch_size=14, reassemble_hidden_size=16, neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8, head_hidden_size=4, reassemble_factors=[4, 2, 1, 0.5],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(tmp_path)
+    size = {"height": 28, "width": 42}
+    transformers.DPTImageProcessor(size=size, ensure_multiple_of=14).save_pretrained(tmp_path)
+    rgb = noise(3, 23, 31, 3)
+    estimate = annotate.depth_annotator("depth-anything", str(tmp_path))
+    depth = estimate(Pictures("v", 0, rgb))
+    assert (depth.shape, depth.dtype) == ((3, 23, 31), np.float32)
+    assert depth.min() == pytest.approx(1) and depth.max() == pytest.approx(50, rel=1e-3)
+    same = estimate(Pictures("v", 0, rgb[[1, 1, 0, 2]]))
+    np.testing.assert_allclose(same, depth[[1, 1, 0, 2]], rtol=1e-4)
+    with pytest.raises(ValueError, match="--depth-model .*none: "):
+        annotate.depth_annotator("depth-anything", str(tmp_path / "none"))
+
+
+# --------------------------------------------------------------------------------------------------------------- camera
+
+
+def moving_camera_flow(depth: np.ndarray, focal: float, forward: float, yaw: float) -> np.ndarray:
+    """Points in the world, a camera that turns to the right about the vertical and then goes ahead: [2, H, W]."""
+    height, width = depth.shape
+    y, x = np.mgrid[:height, :width].astype(float)
+    x, y = x - (width - 1) / 2, y - (height - 1) / 2
+    world = np.stack([x / focal * depth, y / focal * depth, depth], axis=-1)  # right, down, ahead
+    ahead, right = np.array([np.sin(yaw), 0, np.cos(yaw)]), np.array([np.cos(yaw), 0, -np.sin(yaw)])
+    seen = world - forward * ahead
+    z = seen @ ahead
+    return np.stack([focal * (seen @ right) / z - x, focal * seen[..., 1] / z - y]).astype(np.float32)
+
+
+@pytest.mark.parametrize(("forward", "yaw"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.06), (1.1, -0.09), (-0.4, 0.2)])
+def test_camera_motion_of_a_known_camera(forward, yaw):
+    random = np.random.default_rng(3)
+    depth = random.uniform(4, 40, size=(41, 67))
+    fov = 47.0
+    focal = 41 / 2 / math.tan(math.radians(fov / 2))
+    flow = moving_camera_flow(depth, focal, forward, yaw)
+    still = np.ones(depth.shape, bool)
+    assert annotate.camera_step(flow, depth, still, focal) == pytest.approx((forward, yaw), abs=1e-4)
+    flow[:, 10:25, 10:30] += 9  # an object moves by itself, and nobody says so
+    assert annotate.camera_step(flow, depth, still, focal) == pytest.approx((forward, yaw), abs=0.01)
+    flow[:, 10:25, 10:30] = random.normal(size=(2, 15, 20)) * 50  # one that the ids tell
+    ids = np.zeros((3, 41, 67), np.uint8)
+    ids[:, 10:25, 10:30] = 5
+    camera = annotate.camera_motion(np.stack([flow, flow]), np.stack([depth] * 3), ids, fov)
+    assert camera == pytest.approx([forward, yaw / 0.1], abs=1e-3) and camera.dtype == np.float32
+    with pytest.raises(ValueError, match="is background, too little"):
+        annotate.camera_motion(np.stack([flow, flow]), np.stack([depth] * 3), ids * 0 + 1, fov)
+
+
+def test_camera_motion_of_a_plane_and_of_the_simulator():
+    rows = np.arange(30)[:, None] + np.zeros(50)
+    plane = 60 / (rows + 4)  # a ground plane, seen from above
+    flow = moving_camera_flow(plane, 40.0, 0.3, 0.02)
+    assert annotate.camera_step(flow, plane, plane > 0, 40.0) == pytest.approx((0.3, 0.02), abs=1e-4)
+    simulate = pytest.importorskip("simulate")
+    for seed in range(3):
+        clip = simulate.simulate("driving", seed, frames=4, size=(48, 32))
+        camera = annotate.camera_motion(clip.flow[:-1], clip.depth, clip.segmentation, 50.0)
+        assert camera == pytest.approx(clip.camera, rel=0.03, abs=0.01)  # its camera looks down a little
+
+
+# ------------------------------------------------------------------------------------------------------ videos -> clips
+
+
+def test_motion_bucket_by_hand():
+    def bucket(scale: float) -> int:
+        flow = np.zeros((3, 2, 20, 31), np.float32)
+        flow[:, 0], flow[:, 1] = 0.3 * scale, 0.4 * scale  # 0.5 px a frame, 4 frames a second, 20 px high: 0.1 heights
+        clip = Clip(noise(3, 20, 31, 3), flow, noise(3, 20, 31), np.ones((3, 20, 31), np.float32), fps=4, meta={"a": 1})
+        told = annotate.with_bucket(clip).meta
+        assert told["a"] == 1 and clip.meta == {"a": 1}
+        return told["motion_bucket"]
+
+    assert [bucket(scale) for scale in (0, 1, 3, 1e6)] == [0, 127, 191, 254]
+
+
+@pytest.fixture
+def user_folders(tmp_path):
+    """A video of three shots (9, 4 and 6 frames at 10 fps) and folders of flow, ids and depth for it."""
+    video = write_video(tmp_path / "v.mp4", gray_levels([30] * 9 + [220] * 4 + [120] * 6), 10)
+    random, arrays = np.random.default_rng(0), {}
+    for name, shape in (("flow", (2, 12, 18)), ("ids", (12, 18)), ("depth", (12, 18))):
+        (tmp_path / name / "v").mkdir(parents=True)
+        arrays[name] = random.uniform(1, 4, size=(19, *shape)).astype(np.float32 if name != "ids" else np.uint8)
+        for number, values in enumerate(arrays[name]):
+            np.save(tmp_path / name / "v" / f"{number:06d}.npy", values)
+    words = ["annotate", video, "--size", "18x12", "--fps", 10, "--frames", 4, "--camera", "none"]
+    words += ["--flow", tmp_path / "flow", "--segmentation", tmp_path / "ids", "--depth", tmp_path / "depth"]
+    return SimpleNamespace(
+        words=[*words, "--out", tmp_path / "out"], arrays=arrays, out=tmp_path / "out", root=tmp_path
+    )
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_annotate_writes_clips_between_cuts_and_resumes(user_folders, capsys):
+    command(*user_folders.words)
+    starts, out = (0, 4, 9, 13), user_folders.out
+    assert names_in(out) == [f"v_{start:06d}.safetensors" for start in starts]
+    assert "4 clips written, 0 were there; 3 frames at ends of shots are in none" in capsys.readouterr().out
+    for start in starts:
+        clip = Clip.load(out / f"v_{start:06d}.safetensors")
+        window = slice(start, start + 4)
+        np.testing.assert_array_equal(clip.segmentation, user_folders.arrays["ids"][window])
+        np.testing.assert_allclose(clip.depth, user_folders.arrays["depth"][window], rtol=1e-3)
+        np.testing.assert_allclose(clip.flow[:3], user_folders.arrays["flow"][start : start + 3], rtol=1e-3)
+        np.testing.assert_array_equal(clip.flow[3], clip.flow[2])
+        assert (clip.fps, clip.meta["start"], clip.meta["source"]) == (10, start, "v.mp4")
+        assert clip.camera.tolist() == [0, 0]
+        assert clip.meta["motion_bucket"] == annotate.with_bucket(clip).meta["motion_bucket"] > 127
+    before = (out / "v_000000.safetensors").stat().st_mtime_ns
+    (out / "v_000009.safetensors").unlink()
+    command(*user_folders.words)
+    assert "1 clips written, 3 were there" in capsys.readouterr().out
+    assert len(names_in(out)) == 4 and (out / "v_000000.safetensors").stat().st_mtime_ns == before
+
+
+def test_annotate_with_nothing_but_flow(user_folders):
+    words = [*user_folders.words, "--segmentation", "none", "--depth", "none", "--camera", "flow", "--fov", 60]
+    command(*words)
+    clip = Clip.load(user_folders.out / "v_000004.safetensors")
+    assert not clip.segmentation.any() and (clip.depth == 1).all() and (clip.camera != 0).all()
+    annotators = {"segmentation": "none", "depth": "none", "camera": "flow", "fov": 60.0}
+    assert annotators.items() <= clip.meta["annotators"].items()
+
+
+def test_a_bad_file_of_a_folder_stops_with_its_name_and_leaves_whole_clips(user_folders):
+    np.save(user_folders.root / "ids" / "v" / "000005.npy", np.zeros((12, 17), np.uint8))
+    with pytest.raises(ValueError, match=r"v, frames from 4 on: .*000005\.npy: is 17x12, the frames are 18x12"):
+        command(*user_folders.words)
+    assert names_in(user_folders.out) == ["v_000000.safetensors"]
+    Clip.load(user_folders.out / "v_000000.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--frames", 10], r"v\.mp4: no shot of its 19 frames \(--fps 10\) has 10"),
+        (["--frames", 1], "--frames 1: expected 2 at least"),
+        (["--size", "18"], "--size 18: expected WIDTHxHEIGHT"),
+        (["--size", "18x4"], "--size 18x4: expected WIDTHxHEIGHT, 8 pixels at least"),
+        (["--fps", 0], "--fps 0.0: expected 1 at least"),
+        (["--fps", "nan"], "--fps nan: expected 1 at least"),
+        (["--fov", 180], "--fov 180: expected degrees below 180"),
+        (["--fps", 30], r"v\.mp4: has 10 frames a second, --fps 30 asks for more"),
+        (["--depth", "nowhere"], "--depth nowhere: expected depth-anything, none or a folder"),
+    ],
+)
+def test_annotate_refuses(user_folders, words, message):
+    with pytest.raises(ValueError, match=message):
+        command(*user_folders.words, *words)
+    assert not user_folders.out.exists()
+
+
+def test_annotate_refuses_missing_and_ambiguous_videos(user_folders):
+    with pytest.raises(ValueError, match="gone.mp4: no such file"):
+        command("annotate", user_folders.root / "v.mp4", "gone.mp4", *user_folders.words[2:])
+    other = user_folders.root / "other"
+    other.mkdir()
+    (other / "v.mp4").write_bytes((user_folders.root / "v.mp4").read_bytes())
+    with pytest.raises(ValueError, match=r"other/v\.mp4: clips of .*v\.mp4 would have the same names"):
+        annotate.by_stem([str(user_folders.root / "v.mp4"), str(other / "v.mp4")])
+    assert annotate.by_stem(["tests/../README.md", "tests/../README.md"]) == [Path("tests/../README.md")]
+
+
+def test_output_that_is_no_folder(user_folders):
+    user_folders.out.write_text("mine")
+    with pytest.raises(ValueError, match="out: is not a folder"):
+        command(*user_folders.words)
+    assert user_folders.out.read_text() == "mine"
+
+
+def test_export_writes_what_annotators_see(user_folders):
+    words = [
+        "annotate",
+        user_folders.root / "v.mp4",
+        "--size",
+        "18x12",
+        "--fps",
+        5,
+        "--export",
+        user_folders.root / "f",
+    ]
+    command(*words)
+    frames = list(annotate.read_video(user_folders.root / "v.mp4", (18, 12), 5))
+    assert names_in(user_folders.root / "f" / "v") == [f"{n:06d}.png" for n in range(len(frames))]
+    for n, frame in enumerate(frames):
+        np.testing.assert_array_equal(np.array(Image.open(user_folders.root / "f" / "v" / f"{n:06d}.png")), frame)

@@ -1,0 +1,325 @@
+"""physion.py: trials to clips. The files are written here in the schema that Physion's have; flow in closed form."""
+
+import argparse
+import io
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_annotate import names_in, noise, stand_in_torchvision
+
+import physion
+from data import Clip
+
+
+def command(*words) -> None:
+    """What `python data.py WORDS` does, but for the printing of errors."""
+    parser = argparse.ArgumentParser()
+    physion.add_commands(parser.add_subparsers(required=True))
+    arguments = parser.parse_args([str(word) for word in words])
+    arguments.run(arguments)
+
+
+def test_h5py_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)  # importing it raises ImportError
+    with pytest.raises(ValueError, match=r"^physion needs h5py: pip install h5py$"):
+        physion.read_trial(Path("x"), 0, 1, None, None, None)
+
+
+def test_depth_bytes_by_hand():
+    values = np.array([[[128, 0, 0], [1, 2, 3], [0, 0, 0], [255, 255, 255]]], np.uint8)
+    expected = [49.95, 99.9 / 256 * (1 + 2 / 256 + 3 / 65536), 0.1, 99.9 * (1 - 2**-24)]
+    assert physion.depth_from_bytes(values)[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_ids_are_exact_colors():
+    table = np.array([[10, 20, 30], [0, 0, 0], [30, 20, 10]], np.uint8)
+    pixels = np.array([[[10, 20, 30], [0, 0, 0], [30, 20, 10], [10, 20, 31], [10, 0, 0]]], np.uint8)
+    assert physion.ids_from_colors(pixels, table).tolist() == [[1, 0, 3, 0, 0]]
+
+
+def turned(vectors: np.ndarray, axis: np.ndarray, angle: float) -> np.ndarray:
+    """Rodrigues' formula."""
+    along = (vectors @ axis)[..., None] * axis
+    return along + np.cos(angle) * (vectors - along) + np.sin(angle) * np.cross(axis, vectors)
+
+
+def test_rotations_against_rodrigues():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        axis, vector = random.normal(size=(2, 3))
+        axis, angle = axis / np.linalg.norm(axis), random.uniform(-4, 4)
+        quaternion = np.array([[*(np.sin(angle / 2) * axis), np.cos(angle / 2)]]) * random.uniform(0.5, 2)
+        np.testing.assert_allclose(physion.rotations(quaternion)[0] @ vector, turned(vector, axis, angle), atol=1e-12)
+
+
+COLORS = np.array([[200, 10, 30], [5, 90, 250], [0, 0, 0]], np.uint8)
+OBJECT_IDS = np.array([41, 7, 99])  # the third is never seen
+FOV = math.radians(55)
+
+
+class Spheres:
+    """Two spheres that roll and a floor at y = 0, seen by a pinhole camera; every value in closed form."""
+
+    def __init__(self, height: int, width: int, moving_camera: bool) -> None:
+        random = np.random.default_rng(5)
+        self.height, self.width, self.moving_camera = height, width, moving_camera
+        self.focal = height / 2 / math.tan(FOV / 2)
+        self.radius = np.array([0.8, 0.5, 0.1])
+        self.axes = random.normal(size=(3, 3))
+        self.axes /= np.linalg.norm(self.axes, axis=1, keepdims=True)
+        self.spin = np.array([0.11, -0.2, 0.0])
+
+    def center(self, t: float) -> np.ndarray:
+        return np.array([[-0.9 + 0.12 * t, 0.8, 0.3], [1.0, 0.5, -0.4 + 0.07 * t], [0, -9, 0]])
+
+    def camera(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """Eye, and the axes right, up, ahead; it goes ahead by 0.2 and turns to the right by 0.03 a frame."""
+        t = t if self.moving_camera else 0
+        yaw = 0.03 * t
+        eye = np.array([0.1, 1.0, -5.0])
+        for k in range(t):
+            eye = eye + 0.2 * np.array([np.sin(0.03 * (k + 1)), 0, np.cos(0.03 * (k + 1))])
+        right, ahead = np.array([np.cos(yaw), 0, -np.sin(yaw)]), np.array([np.sin(yaw), 0, np.cos(yaw)])
+        return eye, np.stack([right, np.array([0, 1.0, 0]), ahead])
+
+    def points(self, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What each pixel sees: points [H, W, 3], ids [H, W] (0 = floor or wall at z = 30), depth [H, W]."""
+        eye, axes = self.camera(t)
+        y, x = np.mgrid[: self.height, : self.width].astype(float)
+        x, y = x - (self.width - 1) / 2, (self.height - 1) / 2 - y
+        rays = np.stack([x / self.focal, y / self.focal, np.ones_like(x)], axis=-1) @ axes  # depth 1 along the view
+        with np.errstate(divide="ignore", invalid="ignore"):
+            floor = np.where(rays[..., 1] < 0, -eye[1] / rays[..., 1], np.inf)
+            depth = np.minimum(floor, (30 - eye[2]) / rays[..., 2])
+        ids = np.zeros(depth.shape, int)
+        for i, (center, radius) in enumerate(zip(self.center(t), self.radius, strict=True), start=1):
+            a, b = (rays**2).sum(-1), rays @ (eye - center)
+            root = b**2 - a * (((eye - center) ** 2).sum() - radius**2)
+            hit = np.where(root > 0, (-b - np.sqrt(np.maximum(root, 0))) / a, np.inf)
+            nearer = (hit > 0) & (hit < depth)
+            ids, depth = np.where(nearer, i, ids), np.where(nearer, hit, depth)
+        return eye + rays * depth[..., None], ids, depth
+
+    def flow(self, t: int, later: int) -> np.ndarray:
+        points, ids, _ = self.points(t)
+        moved = points.copy()
+        for i in range(3):
+            inside = ids == i + 1
+            around = turned(points[inside] - self.center(t)[i], self.axes[i], self.spin[i] * (later - t))
+            moved[inside] = self.center(later)[i] + around
+        pixels = []
+        for time, where in ((t, points), (later, moved)):
+            eye, (right, up, ahead) = self.camera(time)
+            z = (where - eye) @ ahead
+            pixels.append([self.focal * ((where - eye) @ right) / z, -self.focal * ((where - eye) @ up) / z])
+        return np.array(pixels[1]) - np.array(pixels[0])
+
+    def quaternions(self, t: int) -> np.ndarray:
+        half = (0.4 + self.spin * t)[:, None] / 2
+        return np.concatenate([np.sin(half) * self.axes, np.cos(half)], axis=1)
+
+    def matrices(self, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """World to camera (looks along -z) and projection, both as TDW's 16 numbers, row by row."""
+        eye, (right, up, ahead) = self.camera(t)
+        view, project = np.eye(4), np.zeros((4, 4))
+        view[:3, :3] = right, up, -ahead
+        view[:3, 3] = -view[:3, :3] @ eye
+        near, far, focal = 0.1, 100.0, 1 / math.tan(FOV / 2)
+        project[0, 0], project[1, 1] = focal * self.height / self.width, focal
+        project[2, 2:], project[3, 2] = (-(far + near) / (far - near), -2 * far * near / (far - near)), -1
+        return view.ravel().astype(np.float32), project.ravel().astype(np.float32)
+
+
+def encoded(rgb: np.ndarray, kind: str = "PNG") -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, kind)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def depth_bytes(depth: np.ndarray) -> np.ndarray:
+    whole = np.round(depth / 99.9 * 2**24).astype(np.int64)
+    return np.stack([whole >> 16, whole >> 8 & 255, whole & 255], axis=-1).astype(np.uint8)
+
+
+def write_trial(path: Path, scene: Spheres, frames: int = 7, cam0: bool = False, without: tuple[str, ...] = ()) -> Path:
+    """A trial in ThreeDWorld's schema, in Physion's naming or (cam0) in Physion 1.5's."""
+    h5py = pytest.importorskip("h5py")
+    suffix = "_cam0" if cam0 else ""
+    with h5py.File(path, "w") as file:
+        static = file.create_group("static")
+        static["object_ids"], static["object_segmentation_colors"] = OBJECT_IDS, COLORS
+        static["stimulus_name"], static["target_id"], static["probe_id"] = "rolling", 7, 41
+        static["zone_id"] = np.array([], int)
+        for t in range(frames):
+            frame = file.create_group(f"frames/{t + cam0:04d}")
+            _, ids, depth = scene.points(t)
+            images = {"_img": encoded(noise(scene.height, scene.width, 3, seed=t), "JPEG" if cam0 else "PNG"),
+                      "_id": encoded(np.concatenate([[[0, 0, 0]], COLORS]).astype(np.uint8)[ids]),
+                      "_depth": encoded(depth_bytes(depth)) if cam0 else depth_bytes(depth)}  # fmt: skip
+            for name in set(images) - set(without):
+                frame.create_dataset(f"images/{name}{suffix}", data=images[name], compression="gzip")
+            if "camera_matrices" not in without:
+                view, projection = scene.matrices(t)
+                frame[f"camera_matrices/camera_matrix{suffix}"] = view
+                frame[f"camera_matrices/projection_matrix{suffix}"] = projection
+            frame["objects/positions"], frame["objects/rotations"] = scene.center(t), scene.quaternions(t)
+            pairs = {2: [[7, 41]], 3: [[41, 7], [99, 7], [41, 1234]], 4: [[41, 99]]}.get(t, [])
+            frame["collisions/object_ids"] = np.array(pairs, int).reshape(-1, 2)
+            states = [b"exit" if t == 4 else b"enter"] * len(pairs)
+            frame.create_dataset("collisions/states", data=np.array(states, "S5"))
+            frame["labels/target_contacting_zone"], frame["labels/trial_timeout"] = t == 5, False
+            frame["labels/target_delta_position"] = np.zeros(3)
+    return path
+
+
+def trial(path: Path, start: int = 0, step: int = 1, frames: int | None = None) -> Clip:
+    return physion.read_trial(path, start, step, frames, None, physion.depth_annotator("none", ""))
+
+
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize(("cam0", "step"), [(False, 1), (True, 1), (False, 2)])
+def test_a_trial_has_exact_flow(tmp_path, moving, cam0, step):
+    scene = Spheres(33, 47, moving)
+    clip = trial(write_trial(tmp_path / "t.hdf5", scene, cam0=cam0), start=0, step=step, frames=3)
+    for k in range(3):
+        _, ids, depth = scene.points(k * step)
+        np.testing.assert_array_equal(clip.segmentation[k], ids)
+        np.testing.assert_allclose(clip.depth[k], depth, atol=1e-4)
+        np.testing.assert_allclose(clip.flow[k], scene.flow(k * step, (k + 1) * step), atol=2e-3)
+        if not cam0:
+            np.testing.assert_array_equal(clip.rgb[k], noise(33, 47, 3, seed=k * step))
+    assert set(np.unique(clip.segmentation)) == {0, 1, 2} and np.abs(clip.flow).max() > 1
+    assert clip.fps == 30 / step
+    if moving:
+        assert clip.camera.tolist() == pytest.approx(camera_of(scene, step), abs=1e-5)
+    else:
+        assert (clip.flow.transpose(1, 0, 2, 3)[:, clip.segmentation == 0] == 0).all() and not clip.camera.any()
+
+
+def camera_of(scene: Spheres, step: int) -> list[float]:
+    """How far the eye goes along the way it looks afterwards, and the angle between both ways, by their dot product."""
+    moves = []
+    for k in range(3):
+        (eye, axes), (later, turned_axes) = scene.camera(k * step), scene.camera((k + 1) * step)
+        moves.append([(later - eye) @ turned_axes[2], math.acos(min(1, axes[2] @ turned_axes[2])) / 0.1])
+    return np.mean(moves, axis=0).tolist()
+
+
+def test_the_last_frame_of_a_trial_repeats_its_flow(tmp_path):
+    scene = Spheres(16, 21, False)
+    clip = trial(write_trial(tmp_path / "t.hdf5", scene, frames=4))
+    assert len(clip.rgb) == 4
+    np.testing.assert_array_equal(clip.flow[3], clip.flow[2])
+    np.testing.assert_allclose(clip.flow[2], scene.flow(2, 3), atol=2e-3)
+
+
+def test_truth_of_a_trial(tmp_path):
+    path = write_trial(tmp_path / "t.hdf5", Spheres(16, 21, False))
+    meta = trial(path, frames=5).meta
+    assert meta["contacts"] == [[1, 2, 1], [2, 3, 2]]  # seen at frames 2 and 3: in the steps that lead there
+    assert meta["labels"] == {"target_contacting_zone": True, "trial_timeout": False}  # any, over the whole trial
+    assert (meta["target"], meta["probe"], meta["zone"]) == (2, 1, 0)
+    assert (meta["scenario"], meta["source"]) == ("physion", "t.hdf5")
+    assert trial(path, start=1, step=3, frames=2).meta["contacts"] == [[1, 2, 0], [2, 3, 0]]
+    assert trial(path, start=3, frames=2).meta["contacts"] == [[1, 2, 0], [2, 3, 0]]
+    assert trial(path, start=4, frames=2).meta["contacts"] == []
+
+
+@pytest.mark.parametrize("size", [(94, 66), (24, 17), (20, 33)])
+def test_a_resized_trial(tmp_path, size):
+    clip = trial(write_trial(tmp_path / "t.hdf5", Spheres(33, 47, True)), frames=2)
+    small = physion.resize_clip(clip, size)
+    left, top, right, bottom = physion.crop_box(47, 33, size)
+    scale = size[0] / (right - left)
+    assert small.rgb.shape == (2, size[1], size[0], 3) and (small.fps, small.meta) == (clip.fps, clip.meta)
+    for row, column in [(0, 0), (size[1] // 2, size[0] // 3), (size[1] - 1, size[0] - 1)]:
+        x, y = int(left + (column + 0.5) / scale), int(top + (row + 0.5) / scale)
+        np.testing.assert_allclose(small.flow[:, :, row, column], clip.flow[:, :, y, x] * scale, rtol=1e-5)
+        np.testing.assert_array_equal(small.segmentation[:, row, column], clip.segmentation[:, y, x])
+        np.testing.assert_array_equal(small.depth[:, row, column], clip.depth[:, y, x])
+
+
+def test_physion_from_the_command_line(tmp_path):
+    scene = Spheres(33, 47, False)
+    paths = [write_trial(tmp_path / f"{name}.hdf5", scene, cam0=cam0) for name, cam0 in (("a", False), ("b", True))]
+    words = ["physion", *paths, "--out", tmp_path / "out", "--step", 2, "--frames", 3, "--size", "94x66"]
+    command(*words)
+    assert names_in(tmp_path / "out") == ["a.safetensors", "b.safetensors"]
+    clip = Clip.load(tmp_path / "out" / "b.safetensors")
+    np.testing.assert_allclose(clip.flow[1][:, ::2, ::2], 2 * scene.flow(2, 4), atol=0.02)  # half precision
+    before = (tmp_path / "out" / "a.safetensors").stat().st_mtime_ns
+    command(*words)
+    assert (tmp_path / "out" / "a.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_trial_without_depth_needs_an_estimator(tmp_path, monkeypatch):
+    path = write_trial(tmp_path / "t.hdf5", Spheres(33, 47, False), without=("_depth",))
+    words = ["physion", path, "--out", tmp_path / "out", "--frames", 3]
+    with pytest.raises(ValueError, match=r"t\.hdf5: has no depth, poses or camera, so no exact flow; give --flow raft"):
+        command(*words)
+    assert not (tmp_path / "out").exists()
+    stand_in_torchvision(monkeypatch)
+    command(*words, "--flow", "raft")
+    clip = Clip.load(tmp_path / "out" / "t.safetensors")
+    expected = np.stack([clip.rgb[:-1, ..., 0], clip.rgb[1:, ..., 2]], axis=1) / 127.5 - 1
+    np.testing.assert_allclose(clip.flow[:2], expected, atol=1e-3)
+    np.testing.assert_array_equal(clip.flow[2], clip.flow[1])
+    assert (clip.depth == 1).all() and set(np.unique(clip.segmentation)) == {0, 1, 2}
+
+
+def test_cloth_is_not_rigid(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = write_trial(tmp_path / "pilot_Drape_0001.hdf5", Spheres(16, 21, False))
+    with pytest.raises(ValueError, match=r"Drape_0001\.hdf5: shows cloth \(drape\).*; give --flow raft or a folder"):
+        trial(path)
+    path = write_trial(tmp_path / "0001.hdf5", Spheres(16, 21, False))
+    with h5py.File(path, "a") as file:
+        file["static/stimulus_name"][()] = "pilot_it2_drape_1"
+    with pytest.raises(ValueError, match="shows cloth"):
+        trial(path)
+
+
+@pytest.mark.parametrize(
+    ("without", "words", "message"),
+    [
+        (("_id",), [], "has no _id pass"),
+        (("_img",), [], "has no _img pass"),
+        (("camera_matrices",), [], "has no depth, poses or camera"),
+        ((), ["--frames", 8], "has 7 frames, --start 0 --step 1 --frames 8 needs 8"),
+        ((), ["--start", 6], "has 7 frames, --start 6 --step 1 --frames 2 needs 8"),
+        ((), ["--step", 0], "--step 0: expected 1 at least"),
+        ((), ["--flow", "nowhere"], "--flow nowhere: expected raft, raft-small or a folder"),
+    ],
+)
+def test_physion_refuses(tmp_path, without, words, message):
+    path = write_trial(tmp_path / "t.hdf5", Spheres(16, 21, False), without=without)
+    with pytest.raises(ValueError, match=message):
+        command("physion", path, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_trials_are_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "a.hdf5").write_bytes(b"no such format" * 9)
+    with pytest.raises(ValueError, match=r"a\.hdf5: "):
+        trial(tmp_path / "a.hdf5")
+    with h5py.File(tmp_path / "b.hdf5", "w") as file:
+        file["static/object_ids"] = OBJECT_IDS
+    with pytest.raises(ValueError, match=r"b\.hdf5: is no trial: .*frames"):
+        trial(tmp_path / "b.hdf5")
+    path = write_trial(tmp_path / "c.hdf5", Spheres(16, 21, False))
+    with h5py.File(path, "a") as file:
+        stored = file["frames/0001/images/_id"][:]
+        del file["frames/0001/images/_id"]
+        file["frames/0001/images/_id"] = stored[:30]
+    with pytest.raises(ValueError, match=r"c\.hdf5: "):
+        trial(path)
+    path = write_trial(tmp_path / "d.hdf5", Spheres(16, 21, False))
+    with h5py.File(path, "a") as file:
+        file["frames/0001/objects/positions"][...] = np.nan
+    with pytest.raises(ValueError, match=r"d\.hdf5: flow holds a value that is not finite"):
+        trial(path)
