@@ -608,3 +608,170 @@ def test_inference_equals_training_and_autocast_is_close():
         close(model(**given), plain)
         with torch.autocast("cpu", torch.bfloat16):
             close(model(**given).float(), plain, 0.1)
+
+
+# -------------------------------------------------------------------------------------------- single-file checkpoints
+
+KNOWN_NAMES = {  # of svd.safetensors
+    "unet": {
+        "add_embedding.linear_2.bias": "label_emb.0.2.bias",
+        "time_embedding.linear_1.weight": "time_embed.0.weight",
+        "conv_norm_out.weight": "out.0.weight",
+        "down_blocks.0.resnets.0.time_mixer.mix_factor": "input_blocks.1.0.time_mixer.mix_factor",
+        "down_blocks.0.resnets.0.temporal_res_block.conv2.bias": "input_blocks.1.0.time_stack.out_layers.3.bias",
+        "down_blocks.0.resnets.0.spatial_res_block.time_emb_proj.bias": "input_blocks.1.0.emb_layers.1.bias",
+        "down_blocks.0.attentions.0.time_pos_embed.linear_2.bias": "input_blocks.1.1.time_pos_embed.2.bias",
+        "down_blocks.0.attentions.0.time_mixer.mix_factor": "input_blocks.1.1.time_mixer.mix_factor",
+        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
+        "mid_block.attentions.0.proj_in.weight": "middle_block.1.proj_in.weight",
+        "up_blocks.0.upsamplers.0.conv.bias": "output_blocks.2.1.conv.bias",
+        "up_blocks.1.upsamplers.0.conv.bias": "output_blocks.5.2.conv.bias",
+    },
+    "vae": {
+        "encoder.mid_block.attentions.0.to_q.bias": "conditioner.embedders.3.encoder.encoder.mid.attn_1.q.bias",
+        "quant_conv.weight": "conditioner.embedders.3.encoder.quant_conv.weight",
+        "decoder.mid_block.resnets.1.time_mixer.mix_factor": "first_stage_model.decoder.mid.block_2.mix_factor",
+        "decoder.time_conv_out.weight": "first_stage_model.decoder.conv_out.time_mix_conv.weight",
+        "decoder.up_blocks.2.upsamplers.0.conv.bias": "first_stage_model.decoder.up.1.upsample.conv.bias",
+        "decoder.mid_block.resnets.0.temporal_res_block.norm1.bias": "first_stage_model.decoder.mid.block_1.time_stack."
+        "in_layers.0.bias",
+    },
+    "image_encoder": {
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+        "vision_model.encoder.layers.31.self_attn.k_proj.bias": "visual.transformer.resblocks.31.attn.in_proj_bias",
+        "vision_model.encoder.layers.0.self_attn.out_proj.bias": "visual.transformer.resblocks.0.attn.out_proj.bias",
+        "visual_projection.weight": "visual.proj",
+    },
+}
+
+
+def full_table(name):
+    with torch.device("meta"):
+        return svd.single_file_table(CLASSES[name](CLASSES[name].CONFIG()))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_full_size_models_find_the_names_of_the_single_file(name):
+    table = full_table(name)
+    beginning = {"unet": "model.diffusion_model.", "image_encoder": "conditioner.embedders.0.open_clip.model."}
+    for ours, theirs in KNOWN_NAMES[name].items():
+        assert table[ours] == beginning.get(name, "") + theirs
+    assert len(set(table.values())) == {"unet": 1428, "vae": 374, "image_encoder": 520 - 32 * 4}[name]
+
+
+def test_block_numbers_are_those_of_diffusers():
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    table = full_table("unet")
+    values = {theirs: ours for ours, theirs in table.items() if "label_emb" not in theirs}
+    found = utils.convert_ldm_unet_checkpoint(values, {"layers_per_block": 2})
+    temporal = {"temporal_res_block": "time_stack", "temporal_transformer_blocks": "time_stack"}
+    temporal |= {"time_pos_embed.linear_1": "time_pos_embed.0", "time_pos_embed.linear_2": "time_pos_embed.2"}
+    assert len(found) == len(values)
+    for theirs, ours in found.items():
+        for word, other in {**temporal, "spatial_res_block.": ""}.items():
+            ours = ours.replace(word, other)
+        assert ours == theirs
+
+
+def test_vae_names_are_those_of_diffusers():
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    spatial = {theirs: ours for ours, theirs in full_table("vae").items() if "time_" not in theirs}
+    numbers = {theirs: torch.full((1,), i) for i, theirs in enumerate(spatial)}
+    joined = {k.replace("conditioner.embedders.3.encoder", "first_stage_model"): v for k, v in numbers.items()}
+    levels = {"down_block_types": [""] * 4, "up_block_types": [""] * 4}
+    found = utils.convert_ldm_vae_checkpoint(joined, levels)
+    assert len(found) == len(spatial)
+    for name, number in found.items():
+        ours = spatial[list(spatial)[int(number)]]
+        assert ours.replace("spatial_res_block.", "").replace("time_mixer.", "") == name
+
+
+SMALL = {
+    "unet": TINY,
+    "vae": replace(MODELS["vae"], block_out_channels=(32, 64)),
+    "image_encoder": MODELS["image_encoder"],
+}
+
+
+def single_file(path, half=False, **changes):
+    """Three random models in one file of the original layout, with what no part of ours needs."""
+    models, tensors = {name: fill(CLASSES[name](config), 3) for name, config in SMALL.items()}, {}
+    for model in models.values():
+        weights, table = model.state_dict(), svd.single_file_table(model)
+        for name, key in table.items():
+            value = weights[name]
+            if ".in_proj_" in key:
+                value = torch.cat([weights[other] for other, its in table.items() if its == key])
+            elif key.endswith("visual.proj"):
+                value = value.T
+            elif ".attn_1." in key and value.ndim == 2:
+                value = value[..., None, None]
+            tensors[key] = value.contiguous()
+    for name in ("embedders.0.open_clip.model.token_embedding.weight", "embedders.0.open_clip.model.logit_scale"):
+        tensors[f"conditioner.{name}"] = torch.zeros(3)
+    for name in ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"):
+        tensors[f"first_stage_model.{name}"] = torch.zeros(3)
+    for name in ("decoder.conv_in.weight", "post_quant_conv.weight"):
+        tensors[f"conditioner.embedders.3.encoder.{name}"] = torch.zeros(3)
+    tensors |= changes
+    save_file({k: v.half() if half else v for k, v in tensors.items() if v is not None}, path)
+    return models
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_single_file_and_folder_load_the_same_bits(half, tmp_path):
+    models = single_file(tmp_path / "svd.safetensors", half)
+    for name, model in models.items():
+        (model.half() if half else model).save_pretrained(tmp_path / "folder" / name)
+        one = CLASSES[name].from_pretrained(tmp_path / "svd.safetensors", name, config=SMALL[name])
+        other = CLASSES[name].from_pretrained(tmp_path / "folder", name)
+        assert one.config == other.config
+        assert all(not value.is_meta for value in one.buffers())
+        for key, value in other.state_dict().items():
+            assert torch.equal(one.state_dict()[key], value) and one.state_dict()[key].dtype == value.dtype, key
+        one.save_pretrained(tmp_path / "again")  # q, k and v share memory here
+        assert load_file(tmp_path / "again" / f"{one.STEM}.safetensors").keys() == other.state_dict().keys()
+
+
+def test_single_file_must_hold_every_tensor_and_no_unknown_one(tmp_path):
+    path, attention = (
+        tmp_path / "svd.safetensors",
+        "conditioner.embedders.0.open_clip.model.visual.transformer.resblocks.0",
+    )
+    wrong = {
+        "unet": {"model.diffusion_model.out.2.bias": None, "model.diffusion_model.extra": torch.zeros(1)},
+        "vae": {"first_stage_model.decoder.conv_out.bias": torch.zeros(7), "first_stage_model.post": torch.zeros(1)},
+        "image_encoder": {f"{attention}.attn.in_proj_bias": torch.zeros(2), "model_ema.decay": torch.zeros(1)},
+    }
+    told = {
+        "unet": ["1 missing (model.diffusion_model.out.2.bias)", "1 unexpected (model.diffusion_model.extra)"],
+        "vae": ["first_stage_model.decoder.conv_out.bias [7], not [3]", "1 unexpected (first_stage_model.post)"],
+        "image_encoder": ["attn.in_proj_bias [1], not", "1 unexpected (model_ema.decay)"],
+    }
+    for name, changes in wrong.items():
+        single_file(path, **changes)
+        with pytest.raises(ValueError) as caught:
+            CLASSES[name].from_pretrained(path, config=SMALL[name])
+        assert str(caught.value).startswith(f"{path}: does not fit the model: ") and "\n" not in str(caught.value)
+        assert all(words in str(caught.value) for words in told[name]), caught.value
+    single_file(path)
+    with pytest.raises(ValueError, match="misshapen"):  # without a config: not of SVD's size
+        ImageEncoder.from_pretrained(path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        UNet.from_pretrained(path, config=TINY)
+
+
+def test_a_stage_exports_its_unet_to_diffusers(tmp_path):
+    """More channels go in and come out than in SVD's; camera and flow control stay behind."""
+    diffusers = pytest.importorskip("diffusers")
+    from motion_dreamer import STAGE1, MotionDreamer
+
+    config = replace(MODELS["unet"], block_out_channels=(32, 64), attention=(True, True), num_attention_heads=(2, 2))
+    stage = MotionDreamer(replace(STAGE1, vae_factor=2), config)
+    fill(stage.unet).save_pretrained(tmp_path / "unet")
+    theirs = diffusers.UNetSpatioTemporalConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    given = inputs("unet", stage.unet.config, 5, 6)
+    assert given["sample"].shape[2] == 24
+    close(run("unet", stage.unet, given)["sample"], outputs("unet", theirs, given)["sample"])
