@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -32,6 +32,7 @@ from torch import Tensor
 
 IDS = 256  # 0 is the background
 LARGEST_NUMBER = 1e6  # of a coordinate: whatever is beyond is a mistake
+Finder = Callable[[np.ndarray, tuple[float, float]], np.ndarray]  # image [H, W, 3], (x, y) -> the object there [H, W]
 
 
 # --------------------------------------------------------------------------------------- from dense flow: Eq. 1 - 3
@@ -269,6 +270,15 @@ class Arrows:
                 arrows.append(Arrow.from_dict(entry, folder))
         return cls(tuple(arrows), **settings, name=name)
 
+    def scaled(self, x: float, y: float) -> Arrows:
+        """The same arrows in the picture made x times as wide and y times as high. Shapes must be ids by now."""
+
+        def moved(arrow: Arrow) -> Arrow:
+            start, end = ((place[0] * x, place[1] * y) for place in (arrow.start, arrow.end))
+            return replace(arrow, start=start, end=end)
+
+        return replace(self, arrows=tuple(map(moved, self.arrows)))
+
     def to_dict(self) -> dict:
         """What JSON can hold and `from_dict` reads back; paths as they are, relative to the working folder."""
         settings = {key: value for key, value in _without_none(self).items() if key not in ("arrows", "name")}
@@ -419,43 +429,54 @@ def _object_ids(arrows: Arrows, ids: np.ndarray) -> list[int]:
 
 
 def apply_shapes(
-    arrows: Arrows, image: np.ndarray, segmentation: np.ndarray | None = None
+    arrows: Arrows,
+    image: np.ndarray,
+    segmentation: np.ndarray | None = None,
+    find: Finder | None = None,
+    how: str = "the region of similar colour",
 ) -> tuple[Arrows, np.ndarray, list[str]]:
     """Gives every arrow an object: boxes, polygons and masks become new ids, painted over what is there.
 
-    image uint8 [H, W, 3], segmentation uint8 [H, W] or None. Without segmentation, an arrow that names nothing gets the
-    region of similar colour around its tail (`grow_region`). Returns the arrows with `instance` in the place of shapes,
-    ids uint8 [H, W], and one line per guess for the user. Raises ValueError that names file and arrow.
+    image uint8 [H, W, 3], segmentation uint8 [H, W] or None. Without segmentation, an arrow that names nothing gets
+    what `find` finds at its tail (default: `grow_region`), which is `how` for people. Returns the arrows, all of them
+    with `instance` and without shapes, ids uint8 [H, W], and one line per guess for the user. Raises ValueError that
+    names file and arrow.
     """
     size = image.shape[:2]
     if segmentation is not None and segmentation.shape != size:
         raise ValueError(f"segmentation has shape {list(segmentation.shape)}, the image has {list(size)}")
     given = np.zeros(size, np.uint8) if segmentation is None else segmentation
     ids = _checked_ids(torch.from_numpy(given), torch.device("cpu")).numpy().astype(np.uint8)
-    resolved, told = list(arrows.arrows), []
-    for index, arrow in enumerate(arrows.arrows):
-        if arrow.shape is not None:
-            with _naming(arrows.name, index + 1):
-                instance = _paint(ids, arrow.area(*size))
-            resolved[index] = replace(arrow, instance=instance, box=None, polygon=None, mask=None)
-    for index, arrow in enumerate(arrows.arrows):
-        if arrow.shape is not None and resolved[index].instance not in ids:
-            raise ValueError(f"{arrows.name}: arrow {index + 1}: its {arrow.shape} is all under those of later arrows")
+    resolved, told = _paint_shapes(arrows, ids), []
     for index, arrow in enumerate(resolved):
         if segmentation is None and arrow.instance is None:
             with _naming(arrows.name, index + 1):
                 tail = _tail(arrow, *size)
                 if ids[tail]:
                     continue  # on the object of another arrow, which _object_ids reports
-                region = grow_region(image, arrow.start) & (ids == 0)
+                region = (find or grow_region)(image, arrow.start) & (ids == 0)
                 resolved[index] = replace(arrow, instance=_paint(ids, region))
             told.append(
-                f"{arrows.name}: arrow {index + 1}: no segmentation given, its object is the region of similar colour "
+                f"{arrows.name}: arrow {index + 1}: no segmentation given, its object is {how} "
                 f"around ({arrow.start[0]:g}, {arrow.start[1]:g}): {region.mean():.1%} of the image"
             )
-    arrows = replace(arrows, arrows=tuple(resolved))
-    _object_ids(arrows, ids)
-    return arrows, ids, told
+    found = _object_ids(replace(arrows, arrows=tuple(resolved)), ids)
+    resolved = [replace(arrow, instance=instance) for arrow, instance in zip(resolved, found, strict=True)]
+    return replace(arrows, arrows=tuple(resolved)), ids, told
+
+
+def _paint_shapes(arrows: Arrows, ids: np.ndarray) -> list[Arrow]:
+    """Paints boxes, polygons and masks as new ids, in place -> the arrows with these in the place of shapes."""
+    resolved = list(arrows.arrows)
+    for index, arrow in enumerate(arrows.arrows):
+        if arrow.shape is not None:
+            with _naming(arrows.name, index + 1):
+                instance = _paint(ids, arrow.area(*ids.shape))
+            resolved[index] = replace(arrow, instance=instance, box=None, polygon=None, mask=None)
+    for index, arrow in enumerate(arrows.arrows):
+        if arrow.shape is not None and resolved[index].instance not in ids:
+            raise ValueError(f"{arrows.name}: arrow {index + 1}: its {arrow.shape} is all under those of later arrows")
+    return resolved
 
 
 def _paint(ids: np.ndarray, area: np.ndarray) -> int:
@@ -495,6 +516,7 @@ def arrows_to_flow(arrows: Arrows, segmentation: Tensor, frames: int, delta: flo
 OPPONENT = np.array([[0.30, 0.50, 0.25], [0.59, -0.50, 0.25], [0.11, 0.0, -0.50]], np.float32)
 PLATEAU = 1.1  # growth that still counts as the same region
 LEAST_LEVELS = 4  # over which a region must last, of 255
+LARGEST_SIDE = 640  # pixels; the flood is plain Python, half a second at this size
 LEAST_EDGE = 1.25  # slope of colour at a region's outline over that inside: a gradient has no edge
 
 
@@ -503,25 +525,34 @@ def grow_region(image: np.ndarray, point: tuple[float, float], largest: float = 
 
     The difference to the colour at the point is flooded like a landscape: at each level the lake holds what is
     connected to the point without a larger difference. The region is the lake that stays the same (within 10%) over
-    most levels; then holes are filled. Texture and shading weaker than the outline are thus no obstacle. Raises
-    ValueError when nothing of at least 4 pixels and at most `largest` of the image lasts, or when what lasts has no
-    edge: on an even or graded background, say.
+    most levels; then holes are filled. Texture and shading weaker than the outline are thus no obstacle. A picture
+    larger than LARGEST_SIDE is made smaller by a whole number first. Raises ValueError when nothing of at least 4
+    pixels and at most `largest` of the image lasts, or when what lasts has no edge: on an even or graded background,
+    say.
     """
     height, width = image.shape[:2]
-    smooth = Image.fromarray(image).filter(ImageFilter.MedianFilter(3))  # removes noise, keeps edges
+    step = -(-max(height, width) // LARGEST_SIDE)
+    picture = Image.fromarray(image).reduce(step)
+    smooth = picture.filter(ImageFilter.MedianFilter(3))  # removes noise, keeps edges
     color = np.asarray(smooth).astype(np.float32) @ OPPONENT
-    order, sizes = _flood(color, int(point[0]), int(point[1]), largest * height * width)
-    region = np.zeros((height + 2, width + 2), np.uint8)
-    region.flat[order[: _stable_size(sizes)]] = 1
-    outside = Image.fromarray(region).copy()  # a picture of its own, one that can be painted on
-    ImageDraw.floodfill(outside, (0, 0), 2)  # from the margin: what it does not reach is region or hole
-    region = np.asarray(outside)[1:-1, 1:-1] != 2
+    region = _lasting_lake(color, int(point[0]) // step, int(point[1]) // step, largest)
     if not _has_edge(color, region):
         raise ValueError(
             f"nothing stands out around ({point[0]:g}, {point[1]:g}), or it is more than {largest:.0%} of the image; "
             "give the arrow a box, polygon or mask, or the image a segmentation"
         )
-    return region
+    return region.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
+
+
+def _lasting_lake(color: np.ndarray, x: int, y: int, largest: float) -> np.ndarray:
+    """Floods from (x, y) and keeps the lake that lasts longest, holes filled: bool [H, W]."""
+    height, width = color.shape[:2]
+    order, sizes = _flood(color, x, y, largest * height * width)
+    region = np.zeros((height + 2, width + 2), np.uint8)
+    region.flat[order[: _stable_size(sizes)]] = 1
+    outside = Image.fromarray(region).copy()  # a picture of its own, one that can be painted on
+    ImageDraw.floodfill(outside, (0, 0), 2)  # from the margin: what it does not reach is region or hole
+    return np.asarray(outside)[1:-1, 1:-1] != 2
 
 
 def _flood(color: np.ndarray, x: int, y: int, limit: float) -> tuple[list[int], list[int]]:

@@ -1,10 +1,14 @@
 """Image + arrows -> motion -> video, from the command line; the method itself is in motion_dreamer.py.
 
     python sample.py                                     # the demo model on its example
-    python sample.py image.png arrows.json --model DIR --out out [--segmentation ids.png] [--depth depth.png]
-    python sample.py image.png arrows.json --stage 1     # motion only; edit out/motion.safetensors, then
-    python sample.py image.png arrows.json --stage 2     # paint it
-    python sample.py image.png --svd REPO_OR_DIR         # plain Stable Video Diffusion
+    python sample.py photo.jpg arrows.json --model DIR --out out [--segmentation ids.png] [--depth depth.png]
+    python sample.py photo.jpg arrows.json --stage 1     # motion only; edit out/motion.safetensors, then
+    python sample.py photo.jpg arrows.json --stage 2     # paint it
+    python sample.py photo.jpg a.json b.json --samples 3 # out/a/sample_0 .. out/b/sample_2
+    python sample.py photo.jpg --svd WEIGHTS             # plain Stable Video Diffusion
+
+The photo may have any size: it is resized into the model's, its edge repeated where the aspect differs, and that margin
+is cut off everything that is written. Arrows and maps are in pixels of the photo (inputs.py).
 
 Writes video.mp4, flow.mp4, segmentation.mp4, depth.mp4, input.png (the image with its arrows), grid.gif (all side by
 side), motion.safetensors (flow in pixels, ids, depth) and run.json (settings, seconds, memory). A user's mistake is one
@@ -15,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import resource
 import sys
 import time
@@ -30,81 +36,144 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import read_depth, read_rgb, read_segmentation
-from instance_flow import Arrows, apply_shapes, arrows_to_flow, draw_arrows, flow_to_rgb
+from inputs import Canvas, Inputs, fit, read_inputs
+from instance_flow import arrows_to_flow, draw_arrows, flow_to_rgb
 from motion_dreamer import Motion, MotionDreamer, dream, render
 from svd import VAE, ImageEncoder, UNet, image_to_video
 
 DEMO = Path(__file__).parent / "demo"
+SVD_PIXELS = 1024 * 576  # what SVD was trained on
+LONGEST_PAUSE = 655350  # milliseconds that a frame of a GIF may last
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("image", nargs="?", help="default: the demo's example")
-    parser.add_argument("arrows", nargs="?", help="arrows.json; without it, nothing is told about motion")
-    parser.add_argument("--model", default=str(DEMO), metavar="DIR", help="model folder (default: demo/)")
-    parser.add_argument("--svd", metavar="REPO_OR_DIR", help="plain Stable Video Diffusion instead")
-    parser.add_argument("--out", default="out", metavar="DIR")
-    parser.add_argument("--segmentation", metavar="PNG", help="ids of the image's objects")
-    parser.add_argument("--depth", metavar="PNG", help="depth, 8 or 16 bit or .npy, any unit, larger = farther")
-    parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--frames", type=int, help="default: what the model was trained on")
-    parser.add_argument("--fps", type=float, help="default: what the model was trained on")
-    parser.add_argument(
-        "--guidance", type=float, nargs=2, metavar=("FIRST", "LAST"), help="first and last frame's scale"
+    option = parser.add_argument
+    option("image", nargs="?", help="a picture of any size; default: the demo's example")
+    option(
+        "arrows", nargs="*", help="arrows.json, or several: each gets a folder; without, nothing is told about motion"
     )
+    option("--model", default=str(DEMO), metavar="DIR", help="model folder (default: demo/)")
+    option("--svd", metavar="WEIGHTS", help="plain Stable Video Diffusion: hub id, folder or svd.safetensors")
+    option("--out", default="out", metavar="DIR")
+    option("--size", metavar="WxH", help="default: what the model was trained on; with --svd about the image's")
+    option("--segmentation", metavar="PNG", help="ids of the image's objects")
+    option(
+        "--segment",
+        choices=("auto", "sam", "none"),
+        default="auto",
+        help="the object of an arrow that names none, without a segmentation: SAM 2 at its tail; auto: SAM 2 where "
+        "transformers and the weights are here already, else the region of similar colour; none: an error",
+    )
+    option("--segment-model", default="facebook/sam2.1-hiera-tiny", metavar="REPO_OR_DIR", help="SAM 2's weights")
+    option(
+        "--depth",
+        default="auto",
+        metavar="FILE|auto|estimate|none",
+        help="a picture of 8 or 16 bit or .npy, any unit, larger = farther; estimate: by Depth-Anything; auto: what "
+        "arrows.json names, else an estimate where transformers and the weights are here already, else none",
+    )
+    depth_model = "depth-anything/Depth-Anything-V2-Small-hf"
+    option("--depth-model", default=depth_model, metavar="REPO_OR_DIR", help="Depth-Anything's weights")
+    option("--stage", choices=("1", "2", "both"), default="both")
+    option("--seed", type=int, default=0)
+    option("--samples", type=int, default=1, metavar="K", help="K videos with seeds from --seed on, each in a folder")
+    option("--steps", type=int, default=25)
+    option("--frames", type=int, help="default: what the model was trained on")
+    option("--fps", type=float, help="default: what the model was trained on")
+    option("--guidance", type=float, nargs=2, metavar=("FIRST", "LAST"), help="first and last frame's scale")
     arguments = parser.parse_args()
-    for name, least in (("steps", 1), ("frames", 2), ("seed", 0)):
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ValueError that names the flag and its value."""
+    for name, least in (("steps", 1), ("frames", 2), ("seed", 0), ("samples", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: expected {least} or more")
     if arguments.fps is not None and not 0 < arguments.fps <= 1000:
         raise ValueError(f"--fps {arguments.fps}: expected a number above 0, 1000 at most")
-    return arguments
+    if arguments.size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", arguments.size):
+        raise ValueError(f"--size {arguments.size}: expected WIDTHxHEIGHT, such as 512x320")
 
 
-# --------------------------------------------------------------------------------------------------------------- inputs
+# -------------------------------------------------------------------------------------------------------- what there is
 
 
 @dataclass
-class Inputs:
-    """What the user gave; maps that are absent are None."""
+class Models:
+    """What is loaded: of plain SVD the UNet, of Motion Dreamer one stage or both."""
 
-    rgb: np.ndarray  # uint8 [H, W, 3]
-    given: Arrows  # as in the file
-    arrows: Arrows  # every arrow names its object
-    ids: Tensor  # [H, W], shapes of arrows.json included
-    depth: Tensor | None  # [H, W]
-
-    def told(self, frames: int, device: str) -> list[Tensor | None]:
-        """image, segmentation, depth, F and camera as `dream` wants them: a batch of one."""
-        image = torch.from_numpy(self.rgb).permute(2, 0, 1).float() / 127.5 - 1
-        segmentation = self.ids if self.ids.any() else None
-        F = arrows_to_flow(self.arrows, self.ids, frames)
-        parts = image, segmentation, self.depth, F, torch.tensor(self.arrows.camera, dtype=torch.float32)
-        return [None if part is None else part[None].to(device) for part in parts]
+    vae: VAE
+    tower: ImageEncoder
+    unet: UNet | None
+    stages: dict[str, MotionDreamer]
 
 
-def read_inputs(arguments: argparse.Namespace) -> Inputs:
-    """The files of the command line. Raises ValueError or FileNotFoundError that name the file."""
-    rgb = read_rgb(arguments.image)
-    given = Arrows.load(arguments.arrows) if arguments.arrows else Arrows.from_dict({"arrows": []})
-    paths = {name: getattr(arguments, name) or getattr(given, name) for name in ("segmentation", "depth")}
-    depth = read_depth(paths["depth"]) if paths["depth"] else None
-    ids = read_segmentation(paths["segmentation"]) if paths["segmentation"] else None
-    for name, value in (("depth", depth), ("segmentation", ids)):
-        if value is not None and value.shape != rgb.shape[:2]:
-            size = f"{rgb.shape[1]}x{rgb.shape[0]}"
-            raise ValueError(
-                f"{paths[name]}: is {value.shape[1]}x{value.shape[0]}, the image {arguments.image} is {size}"
-            )
-    arrows, ids, told = apply_shapes(given, rgb, ids)
-    for line in told:
-        print(line)
-    depth = None if depth is None else torch.from_numpy(depth)
-    return Inputs(rgb, given, arrows, torch.from_numpy(ids).long(), depth)
+@dataclass
+class Task:
+    """One video to make."""
+
+    inputs: Inputs
+    canvas: Canvas
+    out: Path
+    seed: int
+
+
+def load_models(arguments: argparse.Namespace, device: str) -> Models:
+    source, kept = arguments.svd or arguments.model, {"dtype": torch.float32, "device": device}
+    names = {"1": ["stage1"], "2": ["stage2"], "both": ["stage1", "stage2"]}[arguments.stage]
+    names = [] if arguments.svd else names
+    stages = {name: MotionDreamer.from_pretrained(source, name, **kept).eval() for name in names}
+    vae = VAE.from_pretrained(source, "vae", **kept).eval()
+    tower = ImageEncoder.from_pretrained(source, "image_encoder", **kept).eval()
+    unet = UNet.from_pretrained(source, "unet", **kept).eval() if arguments.svd else None
+    return Models(vae, tower, unet, stages)
+
+
+def model_size(arguments: argparse.Namespace, models: Models, rgb: np.ndarray) -> tuple[int, int]:
+    """Width and height to compute with: --size, or what a stage was trained on, or for plain SVD the image's, cut to
+    what SVD was trained on and to multiples of the VAE's factor."""
+    factor = models.vae.factor
+    if arguments.size is not None:
+        width, height = map(int, arguments.size.split("x"))
+    elif models.stages:
+        config = next(iter(models.stages.values())).config
+        width, height = config.width, config.height
+    else:
+        scale = min(1.0, math.sqrt(SVD_PIXELS / (rgb.shape[0] * rgb.shape[1])))
+        height, width = (max(1, int(scale * side) // factor) * factor for side in rgb.shape[:2])
+    if width % factor or height % factor:
+        fits = f"{max(1, width // factor) * factor}x{max(1, height // factor) * factor}"
+        raise ValueError(f"--size {width}x{height}: the model needs multiples of {factor}, such as {fits}")
+    return width, height
+
+
+def folders(arguments: argparse.Namespace) -> dict[Path, str | None]:
+    """--out -> the arrows file; with several, a folder in there for each, by the file's name."""
+    files, out = arguments.arrows, Path(arguments.out)
+    if len(files) < 2:
+        return {out: files[0] if files else None}
+    names = [Path(file).stem for file in files]
+    for file, name in zip(files, names, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"{file}: {names.count(name)} arrows files are called {name}, each needs a folder")
+    return {out / name: file for file, name in zip(files, names, strict=True)}
+
+
+def plan(arguments: argparse.Namespace, models: Models, given: dict[Path, Inputs]) -> list[Task]:
+    """All videos of the command line: for every arrows file, --samples of them."""
+    tasks = []
+    for folder, inputs in given.items():
+        fitted, canvas = fit(inputs, *model_size(arguments, models, inputs.rgb))
+        sizes = [f"{shape[1]}x{shape[0]}" for shape in (inputs.rgb.shape, canvas.inner)]
+        print(f"{arguments.image}: {' resized to '.join(dict.fromkeys(sizes))}; {inputs.origin}")
+        for i in range(arguments.samples):
+            out = folder / f"sample_{i}" if arguments.samples > 1 else folder
+            tasks.append(Task(fitted, canvas, out, arguments.seed + i))
+    return tasks
 
 
 def check_motion(path: Path, motion: Motion, stage: MotionDreamer, size: tuple[int, int], frames: int | None) -> int:
@@ -145,7 +214,7 @@ def write_video(path: Path, pictures: np.ndarray, fps: float) -> None:
 
 def check_output(folder: Path, width: int, height: int) -> None:
     """Tries folder and video writer with two black frames. Raises ValueError that names the folder."""
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_video(folder / "check.mp4", np.zeros((2, height, width, 3), np.uint8), 7)
@@ -153,8 +222,9 @@ def check_output(folder: Path, width: int, height: int) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: cannot write a {width}x{height} video here: {error}") from None
     finally:
-        if made and folder.is_dir():
-            folder.rmdir()
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
 
 
 def to_uint8(pictures: Tensor) -> np.ndarray:
@@ -181,7 +251,8 @@ def write_grid(path: Path, panels: list[np.ndarray], fps: float) -> None:
     scale = max(1, 256 // panels[0].shape[2])
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     images = [Image.fromarray(frame) for frame in frames]
-    settings = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": 1000 / fps, "loop": 0}
+    pause = min(1000 / fps, LONGEST_PAUSE)
+    settings = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": pause, "loop": 0}
     written_whole(path, lambda partial: images[0].save(partial, **settings))
 
 
@@ -205,67 +276,55 @@ def bar(name: str) -> Callable:
     return lambda steps: tqdm(steps, name, unit="step")
 
 
-def check_size(path: str, rgb: np.ndarray, factor: int) -> None:
-    height, width = rgb.shape[:2]
-    if height % factor or width % factor:
-        fits = f"{max(1, width // factor) * factor}x{max(1, height // factor) * factor}"
-        raise ValueError(f"{path}: is {width}x{height}; the model needs multiples of {factor}, such as {fits}")
-
-
-def run_svd(arguments: argparse.Namespace, inputs: Inputs, device: str) -> tuple[dict[str, np.ndarray], None, float]:
+def run_svd(arguments: argparse.Namespace, models: Models, task: Task, device: str) -> tuple[dict, None, float]:
     """Plain SVD: what its weights do without us."""
-    fps, kept = arguments.fps or 7.0, {"dtype": torch.float32, "device": device}
-    vae = VAE.from_pretrained(arguments.svd, "vae", **kept).eval()
-    check_size(arguments.image, inputs.rgb, vae.factor)
-    tower = ImageEncoder.from_pretrained(arguments.svd, "image_encoder", **kept).eval()
-    unet = UNet.from_pretrained(arguments.svd, "unet", **kept).eval()
+    fps = arguments.fps or 7.0
     video = image_to_video(
-        unet,
-        vae,
-        tower,
-        inputs.told(2, device)[0],
+        models.unet,
+        models.vae,
+        models.tower,
+        task.inputs.told(2, task.canvas, device)[0],
         frames=arguments.frames or 14,
         steps=arguments.steps,
         fps=fps,
         guidance=tuple(arguments.guidance or (1.0, 3.0)),
-        generator=torch.Generator().manual_seed(arguments.seed),
+        generator=torch.Generator().manual_seed(task.seed),
     )
-    return {"video": to_uint8(video[0])}, None, fps
+    return {"video": to_uint8(task.canvas.crop(video)[0])}, None, fps
 
 
-def run_stages(
-    arguments: argparse.Namespace, inputs: Inputs, device: str
-) -> tuple[dict[str, np.ndarray], Motion, float]:
-    """Motion Dreamer: Stage I, Stage II or both."""
-    names = {"1": ["stage1"], "2": ["stage2"], "both": ["stage1", "stage2"]}[arguments.stage]
-    path, kept = Path(arguments.out) / "motion.safetensors", {"dtype": torch.float32, "device": device}
-    motion = Motion.load(path) if arguments.stage == "2" else None
-    stages = {name: MotionDreamer.from_pretrained(arguments.model, name, **kept).eval() for name in names}
-    vae = VAE.from_pretrained(arguments.model, "vae", **kept).eval()
-    tower = ImageEncoder.from_pretrained(arguments.model, "image_encoder", **kept).eval()
-    check_size(arguments.image, inputs.rgb, vae.factor)
-    config = stages[names[0]].config
+def run_stages(arguments: argparse.Namespace, models: Models, task: Task, device: str) -> tuple[dict, Motion, float]:
+    """Motion Dreamer: Stage I, Stage II or both. The margin is cut off the motion between them, too: what is in the
+    file is what Stage II sees, whether it runs at once or later."""
+    stages, canvas, path, motion = models.stages, task.canvas, task.out / "motion.safetensors", None
+    config = next(iter(stages.values())).config
     frames, fps = arguments.frames or config.frames, arguments.fps or config.fps
-    if motion is not None:
-        frames = check_motion(path, motion, stages["stage2"], inputs.rgb.shape[:2], arguments.frames)
-    told, video = inputs.told(frames, device), None
+    if arguments.stage == "2":
+        motion = Motion.load(path)
+        frames = check_motion(path, motion, stages["stage2"], canvas.inner, arguments.frames)
+    told, video = task.inputs.told(frames, canvas, device), None
     settings = {
         "frames": frames,
         "steps": arguments.steps,
         "guidance": tuple(arguments.guidance or (1.0, 1.0)),
-        "generator": torch.Generator().manual_seed(arguments.seed),
+        "generator": torch.Generator().manual_seed(task.seed),
         "fps": fps,
     }
-    if "stage1" in names:
-        motion, _ = dream(stages["stage1"], None, vae, tower, *told, **settings, progress=bar("stage 1: motion"))
-    if "stage2" in names:
-        settings |= {"motion": motion, "progress": bar("stage 2: video")}
-        settings["generator"] = torch.Generator().manual_seed(
-            arguments.seed + 1
-        )  # the same whether it runs alone or not
-        _, video = dream(None, stages["stage2"], vae, tower, *told, **settings)
-    videos = pictures_of(motion, inputs)
-    return videos if video is None else videos | {"video": to_uint8(video[0])}, motion, fps
+    parts = models.vae, models.tower, *told
+    if "stage1" in stages:
+        motion, _ = dream(stages["stage1"], None, *parts, **settings, progress=bar("stage 1: motion"))
+        motion = resized(motion, canvas.crop)
+    if "stage2" in stages:
+        settings |= {"motion": resized(motion, canvas.pad), "progress": bar("stage 2: video")}
+        settings["generator"] = torch.Generator().manual_seed(task.seed + 1)  # the same whether it runs alone or not
+        _, video = dream(None, stages["stage2"], *parts, **settings)
+    videos = pictures_of(motion, task.inputs)
+    return videos if video is None else videos | {"video": to_uint8(canvas.crop(video)[0])}, motion, fps
+
+
+def resized(motion: Motion, change: Callable[[Tensor], Tensor]) -> Motion:
+    parts = (motion.flow, motion.segmentation, motion.depth)
+    return Motion(*(None if value is None else change(value) for value in parts))
 
 
 def peak_memory(device: str) -> int:
@@ -275,17 +334,18 @@ def peak_memory(device: str) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run(arguments: argparse.Namespace) -> None:
-    started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.image is None:
-        arguments.image, arguments.arrows = str(DEMO / "example.png"), str(DEMO / "arrows.json")
-    inputs, out = read_inputs(arguments), Path(arguments.out)
-    check_output(out, *inputs.rgb.shape[1::-1])
-    videos, motion, fps = (run_svd if arguments.svd else run_stages)(arguments, inputs, device)
-    write_all(out, inputs, videos, motion, fps)
+def run_task(arguments: argparse.Namespace, models: Models, task: Task, device: str) -> None:
+    started = time.perf_counter()
+    videos, motion, fps = (run_svd if arguments.svd else run_stages)(arguments, models, task, device)
+    write_all(task.out, task.inputs, videos, motion, fps)
     record = vars(arguments) | {
-        "camera": inputs.given.camera,
-        "arrows_used": inputs.given.to_dict(),
+        "arrows": task.inputs.given.name if arguments.arrows else None,
+        "out": str(task.out),
+        "seed": task.seed,
+        "size": f"{task.canvas.width}x{task.canvas.height}",
+        "inputs": task.inputs.origin,
+        "camera": task.inputs.given.camera,
+        "arrows_used": task.inputs.given.to_dict(),
         "frames": len(next(iter(videos.values()))),
         "fps": fps,
         "device": device,
@@ -293,8 +353,22 @@ def run(arguments: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory(device),
     }
-    written_whole(out / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n"))
-    print(f"{record['seconds']:.1f} s; look at {out / 'grid.gif'} and {out / 'input.png'}, all files: {out}/")
+    written_whole(task.out / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n"))
+    files = f"look at {task.out / 'grid.gif'} and {task.out / 'input.png'}, all files: {task.out}/"
+    print(f"{record['seconds']:.1f} s; {files}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.image is None:
+        arguments.image, arguments.arrows = str(DEMO / "example.png"), [str(DEMO / "arrows.json")]
+    given = {folder: read_inputs(arguments, file, device) for folder, file in folders(arguments).items()}
+    models = load_models(arguments, device)
+    tasks = plan(arguments, models, given)
+    for task in tasks:
+        check_output(task.out, *task.canvas.inner[::-1])
+    for task in tasks:
+        run_task(arguments, models, task, device)
 
 
 def main() -> None:

@@ -514,7 +514,7 @@ def test_apply_shapes_adds_objects(tmp_path):
         expected = SQUARES.copy()
         expected[blob], expected[:2, :3] = 1, 2
         assert (ids == expected).all() and told == [] and ids.dtype == np.uint8
-        assert [a.instance for a in resolved.arrows] == [1, None, 2] and not any(a.shape for a in resolved.arrows)
+        assert [a.instance for a in resolved.arrows] == [1, 200, 2] and not any(a.shape for a in resolved.arrows)
         assert SQUARES[0, 0] == 0 and arrows.arrows[0].mask  # the arguments are as before
         F = arrows_to_flow(resolved, torch.from_numpy(ids), 2)
         assert F[:, 7, 4].tolist() == [0, -7] and F[:, 0, 0].tolist() == [1, 1] and F[:, 3, 7].tolist() == [2, 6]

@@ -56,7 +56,7 @@ class Given:
     def command(self, *extra, arrows="arrows.json", out="out", steps=2):
         told = ["image.png", arrows] if arrows else ["image.png"]
         told = [str(self.folder / name) for name in told]
-        return [*told, "--model", str(self.model), "--out", str(self.folder / out), "--steps", str(steps), *extra]
+        return ["--model", str(self.model), "--out", str(self.folder / out), "--steps", str(steps), *told, *extra]
 
     def run(self, monkeypatch, *extra, **told):
         monkeypatch.setattr(sys, "argv", ["sample.py", *self.command(*extra, **told)])
@@ -118,11 +118,7 @@ def test_the_seed_decides(given, monkeypatch):
 def test_without_arrows_maps_or_segmentation(given, monkeypatch, capsys):
     out = given.run(monkeypatch, arrows=None)
     assert (out / "video.mp4").exists()
-    given.arrows.pop("segmentation")
-    given.change(arrows=[{"start": [8, 8], "end": [12, 8]}])
-    gray = Image.new("L", (WIDTH, HEIGHT), 90)
-    gray.paste(230, (6, 6, 12, 12))
-    gray.save(given.folder / "image.png")
+    unnamed(given)
     given.run(monkeypatch, "--stage", "1", out="grown")
     assert "no segmentation given, its object is the region of similar colour" in capsys.readouterr().out
 
@@ -141,6 +137,21 @@ def test_odd_sizes_gain_a_row_or_a_column(tmp_path):
 
 def one_arrow(given, **entry):
     given.change(arrows=[given.arrows["arrows"][0] | entry])
+
+
+def unnamed(given):
+    """Arrows that leave it to sample.py to find their object; the picture holds one that can be found."""
+    given.arrows.pop("segmentation")
+    given.change(arrows=[{"start": [8, 8], "end": [12, 8]}])
+    gray = Image.new("L", (WIDTH, HEIGHT), 90)
+    gray.paste(230, (6, 6, 12, 12))
+    gray.save(given.folder / "image.png")
+
+
+def cut_noise(given, name):
+    noise = np.random.default_rng(0).integers(256, size=(HEIGHT, WIDTH), dtype=np.uint8)
+    Image.fromarray(noise).save(given.folder / name)
+    cut(given.folder / name)
 
 
 def cut(path):
@@ -199,11 +210,23 @@ MISTAKES = {
     "ids of another size": (picture("ids.png", 8, 8), [], "ids.png: is 8x8, the image"),
     "depth of another size": (picture("depth.png", 8, 8), [], "depth.png: is 8x8, the image"),
     "missing depth": (lambda g: None, ["--depth", "nowhere.png"], "nowhere.png: no such file"),
-    "size": (
-        lambda g: [picture(n, 23, 16)(g) for n in ("image.png", "ids.png", "depth.png")] and one_arrow(g, start=[4, 4]),
-        [],
-        "image.png: is 23x16; the model needs multiples of 2, such as 22x16",
+    "odd size": (lambda g: None, ["--size", "23x16"], "--size 23x16: the model needs multiples of 2, such as 22x16"),
+    "no size": (lambda g: None, ["--size", "23"], "--size 23: expected WIDTHxHEIGHT"),
+    "samples": (lambda g: None, ["--samples", "0"], "--samples 0"),
+    "truncated image": (lambda g: cut_noise(g, "image.png"), [], "image.png: "),
+    "truncated depth": (lambda g: cut_noise(g, "depth.png"), [], "depth.png: "),
+    "truncated ids": (lambda g: cut_noise(g, "ids.png"), [], "ids.png: "),
+    "object too small": (
+        lambda g: one_arrow(g, box=[8, 8, 9, 9]),
+        ["--size", "6x4"],
+        "arrow 1: its object is too small",
     ),
+    "nothing named": (lambda g: unnamed(g), ["--segment", "none"], "arrow 1: names no object, and --segment is none"),
+    "no SAM": (lambda g: unnamed(g), ["--segment", "sam", "--segment-model", str(ROOT / "demo")], "--segment"),
+    "no depth model": (lambda g: None, ["--depth", "estimate", "--depth-model", str(ROOT / "demo")], "--depth"),
+    "no single file": (lambda g: None, ["--svd", "nowhere/svd.safetensors"], "nowhere/svd.safetensors"),
+    "not a single file": (lambda g: None, ["--svd", __file__], "damaged or truncated"),
+    "two of a name": (lambda g: None, ["elsewhere/arrows.json"], "2 arrows files are called arrows"),
     "no model": (lambda g: None, ["--model", "nowhere"], "nowhere"),
     "truncated weights": (truncate, [], "stage1/diffusion_pytorch_model.safetensors"),
     "misnamed weights": (misname, [], "conv_inn"),
@@ -261,3 +284,236 @@ def test_from_the_shell(given):
     assert good.returncode == 0 and "grid.gif" in good.stdout
     bad = subprocess.run([*told, str(given.folder / "none.png")], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr == f"sample.py: {given.folder / 'none.png'}: no such file\n"
+
+
+# ------------------------------------------------------------------------------------------------ pictures of any size
+
+
+def photo(folder, width=120, height=40):
+    """A red box on a gray wall, its ids and its depth, of a size that has nothing to do with the model's."""
+    ids = np.zeros((height, width), np.uint8)
+    ids[height // 4 : height // 2, width // 6 : width // 3] = 7
+    rgb = np.where(ids[..., None] > 0, np.uint8([200, 30, 30]), np.uint8(90))
+    Image.fromarray(rgb).save(folder / "photo.png")
+    Image.fromarray(ids).save(folder / "photo_ids.png")
+    np.save(folder / "photo_depth.npy", np.where(ids > 0, 2.0, 8.0))
+    start = [width / 4, height * 3 / 8]
+    arrow = {"start": start, "end": [start[0] + width / 8, start[1] - height / 4]}
+    told = {"arrows": [arrow], "segmentation": "photo_ids.png", "depth": "photo_depth.npy"}
+    (folder / "photo.json").write_text(json.dumps(told))
+    return ids, arrow
+
+
+@pytest.mark.parametrize(("width", "height"), [(120, 40), (40, 120), (9, 7), (24, 16), (1024, 768)])
+def test_an_arrow_lands_on_the_same_object_and_scales_with_it(tmp_path, monkeypatch, width, height):
+    photo(tmp_path, width, height)
+    told = [str(tmp_path / name) for name in ("photo.png", "photo.json")]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *told])
+    inputs = sample.read_inputs(sample.parse_arguments(), told[1], "cpu")
+    fitted, canvas = sample.fit(inputs, WIDTH, HEIGHT)
+    (h, w), scale = canvas.inner, min(WIDTH / width, HEIGHT / height)
+    assert (h, w) == (round(height * scale), round(width * scale)) and (h == HEIGHT or w == WIDTH)
+    image, ids, depth, F, _ = (value[0] for value in fitted.told(5, canvas, "cpu"))
+    assert image.shape[1:] == ids.shape == depth.shape == F.shape[1:] == (HEIGHT, WIDTH)
+    arrow = inputs.given.arrows[0]
+    vector = np.subtract(arrow.end, arrow.start) * (w / width, h / height) / 4
+    assert np.allclose(F[:, ids == 7], vector[:, None], rtol=1e-5) and (F[:, ids == 0] == 0).all()
+    column, row = (int(v) for v in fitted.arrows.arrows[0].start)
+    assert canvas.crop(ids)[row, column] == 7 and canvas.crop(depth)[row, column] == 2
+    assert 0.4 < (canvas.crop(ids) == 7).float().mean() / (1 / 24) < 1.8  # of the picture, as before
+    red = canvas.crop(image)[:, row, column]
+    assert red[0] > 0.2 and red[1] < -0.2
+    for value in (image, ids, depth, F):
+        assert torch.equal(canvas.crop(canvas.pad(canvas.crop(value))), canvas.crop(value))
+        assert torch.equal(canvas.pad(canvas.crop(value)), value)  # the margin repeats the edge
+
+
+def test_a_photo_of_another_size_is_cropped_to_its_aspect(given, monkeypatch, capsys):
+    photo(given.folder)
+    told = ["photo.png", "photo.json"]
+    given.command = lambda *extra, **_: (
+        [str(given.folder / n) for n in told]
+        + [*["--model", str(given.model), "--out", str(given.folder / "out"), "--steps", "1", *extra]]
+    )
+    out = given.run(monkeypatch, "--stage", "1")
+    assert "120x40 resized to 24x8; objects from " in capsys.readouterr().out
+    assert iio.imread(out / "flow.mp4", plugin="FFMPEG").shape == (FRAMES, 8, WIDTH, 3)
+    motion = Motion.load(out / "motion.safetensors")
+    assert motion.flow.shape[-2:] == motion.depth.shape[-2:] == (8, WIDTH) and (motion.depth > 0).all()
+    assert np.asarray(Image.open(out / "input.png")).shape[:2] == (21 * 8, 21 * WIDTH)
+    given.run(monkeypatch, "--stage", "2")
+    assert video_of(out).shape == (FRAMES, 8, WIDTH, 3)
+    separate = video_of(out)
+    assert (video_of(given.run(monkeypatch)) == separate).all()
+    assert json.loads((out / "run.json").read_text())["size"] == "24x16"
+    assert video_of(given.run(monkeypatch, "--size", "12x12")).shape == (FRAMES, 4, 12, 3)
+
+
+def test_rotated_transparent_deep_and_palette_pictures(tmp_path, monkeypatch):
+    """All of them show red on the left and white on the right, upright."""
+    rgb = np.zeros((20, 30, 3), np.uint8) + np.uint8([200, 0, 0])
+    rgb[:, 15:] = 255
+    turned = Image.Exif()
+    turned[0x112] = 6  # to be turned by 90 degrees to the right
+    Image.fromarray(np.rot90(rgb).copy()).save(tmp_path / "turned.jpg", exif=turned, quality=95)
+    clear = np.dstack([np.where(rgb == 255, 0, rgb).astype(np.uint8), np.where(rgb[..., 1] == 255, 0, 255)])
+    Image.fromarray(clear.astype(np.uint8)).save(tmp_path / "clear.png")
+    Image.fromarray(rgb).quantize(4).save(tmp_path / "palette.gif")
+    for path in tmp_path.iterdir():
+        monkeypatch.setattr(sys, "argv", ["sample.py", str(path)])
+        fitted, canvas = sample.fit(sample.read_inputs(sample.parse_arguments(), None, "cpu"), WIDTH, HEIGHT)
+        assert canvas.inner == (16, 24)
+        assert np.abs(fitted.rgb[:, :11].astype(int) - (200, 0, 0)).max() < 30, path
+        assert fitted.rgb[:, 13:].min() > 225, path
+    Image.fromarray(np.full((20, 30), 40000, np.uint16)).save(tmp_path / "deep.png")
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "deep.png")])
+    assert (sample.read_inputs(sample.parse_arguments(), None, "cpu").rgb == 40000 >> 8).all()
+
+
+def test_plain_svd_takes_any_size_and_a_single_file(given, monkeypatch):
+    photo(given.folder, 31, 17)
+    (given.folder / "image.png").write_bytes((given.folder / "photo.png").read_bytes())
+    out = given.run(monkeypatch, "--svd", str(given.model), "--frames", "2", arrows=None, steps=1)
+    assert video_of(out).shape == (2, 16, 30, 3)  # 16x29.2, and one column for the player
+    from svd import ImageEncoder, VAE  # noqa: I001
+
+    asked = []
+    for cls in (UNet, VAE, ImageEncoder):
+        opened = cls.from_pretrained(given.model, {"UNet": "unet", "VAE": "vae"}.get(cls.__name__, "image_encoder"))
+        monkeypatch.setattr(
+            f"sample.{cls.__name__}.from_pretrained", lambda source, *_, m=opened, **__: asked.append(source) or m
+        )
+    given.run(monkeypatch, "--svd", "svd.safetensors", "--size", "16x16", "--frames", "2", arrows=None, steps=1)
+    assert asked == ["svd.safetensors"] * 3
+
+
+# ------------------------------------------------------------------------------------------------------ several videos
+
+
+def test_samples_and_arrows_files_have_folders_of_their_own(given, monkeypatch):
+    other = given.arrows | {"arrows": []}
+    (given.folder / "still.json").write_text(json.dumps(other))
+    extra = [str(given.folder / "still.json"), "--samples", "2", "--stage", "1", "--seed", "5", "--fps", "4"]
+    out = given.run(monkeypatch, *extra, steps=1)
+    found = {str(path.parent.relative_to(out)) for path in out.rglob("motion.safetensors")}
+    assert found == {"arrows/sample_0", "arrows/sample_1", "still/sample_0", "still/sample_1"}
+    records = {name: json.loads((out / name / "run.json").read_text()) for name in found}
+    assert records["still/sample_1"]["seed"] == 6 and records["still/sample_1"]["arrows_used"]["arrows"] == []
+    assert iio.immeta(out / "still" / "sample_0" / "flow.mp4", plugin="FFMPEG")["fps"] == pytest.approx(4)
+    alone = given.run(monkeypatch, "--seed", "6", "--stage", "1", "--fps", "4", steps=1, out="alone")
+    same = [(path / "motion.safetensors").read_bytes() for path in (alone, out / "arrows" / "sample_1")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("fps", [0.001, 1000])
+def test_a_gif_of_any_speed(tmp_path, fps):
+    frames = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
+    sample.write_grid(tmp_path / "grid.gif", [frames], fps)
+    with Image.open(tmp_path / "grid.gif") as grid:
+        assert grid.n_frames == 2
+
+
+# ------------------------------------------------------------------------------------------- SAM 2 and Depth-Anything
+
+
+def tiny_sam(folder):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    hiera = transformers.Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 1, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 1, 1],
+        window_size_per_stage=[4, 4, 4, 4],
+        global_attention_blocks=[],
+        window_positional_embedding_background_size=[2, 2],
+    )
+    vision = transformers.Sam2VisionConfig(
+        backbone_config=hiera,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=16,
+    )
+    prompt = transformers.Sam2PromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16)
+    mask = transformers.Sam2MaskDecoderConfig(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16)
+    config = transformers.Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=mask)
+    transformers.Sam2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_depth_anything(folder):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    backbone = transformers.Dinov2Config(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=28,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    )
+    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(folder)
+    size = {"size": {"height": 56, "width": 56}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}
+    transformers.DPTImageProcessor(**size).save_pretrained(folder)
+    return str(folder)
+
+
+def test_sam_finds_the_object_and_depth_anything_the_depth(given, monkeypatch, capsys):
+    """With random weights the mask is no object; what counts is that the real classes run and what they say is used."""
+    sam, depth = tiny_sam(given.folder / "sam"), tiny_depth_anything(given.folder / "depth")
+    unnamed(given)
+    models = ["--segment-model", sam, "--depth-model", depth]
+    out = given.run(monkeypatch, *models, "--segment", "sam", "--depth", "estimate", "--stage", "1", steps=1)
+    told = capsys.readouterr().out
+    assert f"objects: what {sam} sees; depth by {depth}" in told
+    assert f"arrow 1: no segmentation given, its object is what {sam} sees" in told
+    motion = Motion.load(out / "motion.safetensors")
+    assert motion.depth[:, 0].min() >= 1 - 1e-3 and motion.depth[:, 0].max() <= 10 + 1e-3
+    assert 0 < (motion.segmentation[:, 0] == 1).float().mean() < 1
+    record = json.loads((out / "run.json").read_text())
+    assert record["inputs"].startswith("objects: what") and record["segment_model"] == sam
+    given.change(depth=None)
+    for extra, ending in (
+        ([], f"; depth by {depth}"),
+        (["--depth", "none"], "; no depth"),
+    ):  # auto: both folders are here
+        monkeypatch.setattr(sys, "argv", ["sample.py", *given.command(*models, *extra)])
+        inputs = sample.read_inputs(sample.parse_arguments(), str(given.folder / "arrows.json"), "cpu")
+        assert inputs.origin == f"objects: what {sam} sees{ending}"
+    capsys.readouterr()
+    for wrong in (["--segment", "sam", "--segment-model", depth], ["--depth", "estimate", "--depth-model", sam]):
+        with pytest.raises(SystemExit):
+            given.run(monkeypatch, *wrong)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and wrong[-1] in lines[0]
+
+
+@pytest.mark.parametrize(("flag", "word"), [("--segment", "sam"), ("--depth", "estimate")])
+def test_without_transformers(given, monkeypatch, capsys, flag, word):
+    monkeypatch.setattr("inputs.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        given.run(monkeypatch, flag, word)
+    assert stop.value.code == 2
+    told = f"sample.py: {flag} {word} needs transformers: pip install transformers\n"
+    assert capsys.readouterr().err == told
+    unnamed(given)
+    given.change(depth=None)
+    monkeypatch.setattr(sys, "argv", ["sample.py", *given.command()])
+    inputs = sample.read_inputs(sample.parse_arguments(), str(given.folder / "arrows.json"), "cpu")
+    assert inputs.origin == "objects: the region of similar colour; no depth"
+
+
+def test_auto_never_downloads(monkeypatch, capsys):
+    import inputs
+
+    monkeypatch.setattr("inputs.importlib.util.find_spec", lambda name: True)
+    assert not inputs.at_hand("facebook/no-such-model") and not inputs.at_hand("no folder")

@@ -1,0 +1,149 @@
+"""Whatever a user brings: a ValueError or FileNotFoundError of one line, or a finite instance flow. Nothing else."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inputs import fit, read_inputs
+from instance_flow import Arrows, apply_shapes, arrows_to_flow
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+quick = hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,  # the same cases on every machine
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+numbers = st.integers(-5, 40) | st.floats(-5, 40) | st.floats() | st.integers() | st.none() | st.booleans()
+anything = st.recursive(
+    numbers | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+places = st.tuples(st.floats(-3, 33), st.floats(-3, 33)).map(list)
+entry_keys = ("start", "end", "instance", "box", "polygon", "mask")
+entries = st.dictionaries(st.sampled_from(entry_keys), anything, max_size=4)
+good_entries = st.fixed_dictionaries(
+    {"start": places, "end": places | st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)).map(list)},
+    optional={
+        "instance": st.integers(-1, 257),
+        "box": st.lists(st.floats(-3, 33), min_size=4, max_size=4),
+        "polygon": st.lists(places, max_size=5),
+    },
+)
+files = st.fixed_dictionaries(
+    {"arrows": st.lists(good_entries | entries | anything, max_size=4)},
+    optional={
+        "camera": st.tuples(st.floats(), st.floats()).map(list) | anything,
+        "delta": st.floats(1e-30, 1e6) | anything,
+        "depth": anything,
+        "segmentation": anything,
+        "extra": anything,
+    },
+)
+sizes = st.tuples(st.integers(1, 33), st.integers(1, 33))  # height, width
+
+
+def picture(size, seed):
+    """Noise, one colour or two halves."""
+    rng = np.random.default_rng(seed)
+    rgb = np.full((*size, 3), rng.integers(256), np.uint8)
+    if seed % 3 == 1:
+        rgb = rng.integers(256, size=rgb.shape, dtype=np.uint8)
+    if seed % 3 == 2:
+        rgb[: size[0] // 2, size[1] // 2 :] = rng.integers(256, size=3)
+    return rgb
+
+
+def told_or(action):
+    """What `action` returns; None when it is told in one line why not. Everything else is a failure."""
+    try:
+        return action()
+    except (ValueError, FileNotFoundError) as error:
+        assert str(error).strip() and "\n" not in str(error), repr(str(error))
+        return None
+
+
+def flow_is_finite(arrows, ids, frames):
+    F = told_or(lambda: arrows_to_flow(arrows, ids, frames))
+    if F is not None:
+        assert F.dtype == torch.float32 and F.shape[1:] == ids.shape and torch.isfinite(F).all()
+
+
+@quick
+@hypothesis.given(anything | files)
+def test_any_json(content):
+    arrows = told_or(lambda: Arrows.from_dict(content, "folder", "mine.json"))
+    if arrows is not None:
+        assert Arrows.from_dict(json.loads(json.dumps(arrows.to_dict()))) == arrows
+
+
+@quick
+@hypothesis.given(text=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_file(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(text)
+    told_or(lambda: Arrows.load(path))
+    path.write_bytes(b'{"arrows": [' + text + b"]}")
+    told_or(lambda: Arrows.load(path))
+
+
+@quick
+@hypothesis.given(
+    entries=st.lists(good_entries, max_size=4),
+    delta=st.none() | st.floats(1e-30, 1e6),
+    size=sizes,
+    seed=st.integers(0, 99),
+    ids=st.none() | st.integers(1, 255),
+    frames=st.integers(-1, 30),
+)
+def test_any_arrows_on_any_picture_with_any_ids(entries, delta, size, seed, ids, frames):
+    rng = np.random.default_rng(seed)
+    segmentation = None if ids is None else rng.integers(ids + 1, size=size).astype(np.uint8)
+    content = {"arrows": entries} if delta is None else {"arrows": entries, "delta": delta}
+    arrows = told_or(lambda: Arrows.from_dict(content))
+    made = arrows and told_or(lambda: apply_shapes(arrows, picture(size, seed), segmentation))
+    if made:
+        assert all(arrow.instance in made[1] for arrow in made[0].arrows)
+        flow_is_finite(made[0], torch.from_numpy(made[1]).long(), frames)
+
+
+@quick
+@hypothesis.given(
+    content=files,
+    size=sizes,
+    ids_size=st.none() | sizes,
+    model=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    seed=st.integers(0, 99),
+    depth=st.none() | st.lists(st.floats(width=32), min_size=1, max_size=4),
+)
+def test_from_the_files_to_the_model(tmp_path_factory, content, size, ids_size, model, seed, depth):
+    folder, rng = tmp_path_factory.getbasetemp(), np.random.default_rng(seed)
+    arguments = {"image": str(folder / "image.png"), "segment": "auto", "segment_model": "x/y", "svd": None}
+    arguments |= {"depth": "auto", "depth_model": "x/y", "segmentation": None}
+    Image.fromarray(picture(size, seed)).save(folder / "image.png")
+    if ids_size is not None:
+        ids = rng.integers(256, size=size if seed % 2 else ids_size).astype(np.uint8)
+        Image.fromarray(ids).save(folder / "ids.png")
+        content |= {"segmentation": "ids.png"}
+    if depth is not None:
+        np.save(folder / "depth.npy", np.resize(np.float32(depth), size))
+        content |= {"depth": "depth.npy"}
+    (folder / "arrows.json").write_text(json.dumps(content))
+    given = told_or(lambda: read_inputs(argparse.Namespace(**arguments), str(folder / "arrows.json"), "cpu"))
+    fitted = given and told_or(lambda: fit(given, *model))
+    if fitted:
+        inputs, canvas = fitted
+        flow_is_finite(inputs.arrows, inputs.ids, 4)
+        parts = [part for part in inputs.told(4, canvas, "cpu") if part is not None]
+        assert all(torch.isfinite(part.float()).all() for part in parts)
+        assert all(part.shape[-2:] == model[::-1] for part in parts[:-1])
+        assert inputs.depth is None or (inputs.depth > 0).all()
