@@ -252,6 +252,37 @@ def test_click_drag_save_and_go_on(page, picture):
 
 
 @needs_browser
+def test_a_large_photo_is_grown_as_the_product_does(page, tmp_path):
+    """Both make it smaller first, here by 3; arrows and ids keep the pixels of the photo."""
+    small = Image.open(scene(tmp_path / "small.png"))
+    photo = tmp_path / "photo.png"
+    small.resize((1403, 842), Image.Resampling.BICUBIC).save(photo)
+    page.open(photo)
+    page.drag((350, 420), (560, 350))
+    saved = page.save()
+    arrows, ids, F = product_reads(saved, photo)
+    theirs = grow_region(read_rgb(photo), (350, 420))
+    assert ids.shape == (842, 1403) and 0.04 < theirs.mean() < 0.07
+    assert (theirs != (ids == 1)).mean() < 0.0005
+    assert np.allclose(F[:, 420, 350], np.subtract(arrows.arrows[0].end, arrows.arrows[0].start) / 13, atol=1e-5)
+
+
+@needs_browser
+def test_the_camera_is_dragged_and_arrows_move_by_keys(page, picture):
+    page.press("g")
+    page.drag((50, 60))
+    right, down, shift = "\ue014", "\ue015", "\ue008"
+    page.press([right])
+    page.press([shift, down])
+    page.press("c")
+    page.drag((100, 114), (150, 60))
+    arrows, _, _ = product_reads(page.save(), picture)
+    assert np.allclose(np.subtract(arrows.arrows[0].end, arrows.arrows[0].start), (1, 10))
+    assert np.allclose(arrows.camera, (0.75, 0.5), atol=0.02)
+    page.press("a")
+
+
+@needs_browser
 def test_flow_has_the_colours_of_the_paper(page, picture):
     page.drag((50, 60), (92.5, 41.5))
     page.drag((140, 60), (110, 75))
