@@ -326,10 +326,11 @@ def load_checkpoint(folder: Path, device: str, settings: dict) -> dict | None:
     return state
 
 
+@torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
-        if value.requires_grad:
-            average.lerp_(value.detach(), 1 - decay)
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    averages, values = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+    torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 def learning_rate(arguments: argparse.Namespace, step: int) -> float:
@@ -404,7 +405,9 @@ def train(arguments: argparse.Namespace) -> None:
 
     parameters = list(core.parameters())
     ema = copy.deepcopy(core).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameters, arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay, fused=True
+    )
 
     # Resume. These settings make the run what it is; the others may change on the way.
     names = ("stage", "ablation", "set", "init", "start", "preset", "frames", "batch", "accumulate", "seed")
