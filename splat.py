@@ -252,9 +252,12 @@ def numba_kernels() -> Kernels:
             arrays = [t.detach().numpy() for t in tensors]
             # unsigned: spares the kernel the test for a negative index
             arrays = [a.view(np.uint32) if a.dtype == np.int32 else a for a in arrays]
+            threads = torch.get_num_threads()
             with one_caller:
-                numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+                numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
                 kernel(*arrays)
+            if torch.get_num_threads() != threads:  # Numba sets OpenMP's number, which torch reads
+                torch.set_num_threads(threads)
 
         return call
 

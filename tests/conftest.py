@@ -1,9 +1,13 @@
-"""Read by pytest before any test: waiting threads sleep.
+"""Read by pytest before any test: one thread, since operations of this size are slower with two.
 
-torch and Numba each have a pool of OpenMP threads, and by default a thread that waits spins: on two cores, or beside
-other programs, one pool then takes the other's time.
+Where there are more (test_splat.py), those that wait sleep: torch and Numba each have a pool of OpenMP threads, and by
+default a thread that waits spins and takes the other pool's time.
 """
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402 (it reads the environment when it is loaded)
+
+torch.set_num_threads(1)

@@ -283,6 +283,12 @@ def test_mistakes(change, message):
         softsplat(**(good | change))
 
 
+def test_numba_leaves_the_number_of_threads_of_torch():
+    """Numba sets OpenMP's number of threads, which is torch's too: small operations then take ten times as long."""
+    softsplat(torch.rand(1, 2, 5, 6), torch.rand(1, 2, 5, 6), mode="sum", backend="numba")
+    assert torch.get_num_threads() == 1  # as one_thread said
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gpu_kernels(dtype):
