@@ -1,0 +1,495 @@
+"""The measures against hand-computed cases, loops, scipy and the simulator; evaluate.py through its command line."""
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
+
+import evaluate
+import metrics
+from evaluate import frozen, truth_of
+from motion_dreamer import ONE_STAGE, STAGE1, STAGE2
+from trackers import Pips, chain_flow, lucas_kanade
+
+simulate = pytest.importorskip("simulate")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Three rows of dominoes: all fall, one falls, and nobody pushes."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i, seed in enumerate((2000000, 2000002, 2000001)):
+        simulate.simulate("dominoes", seed, 16, (96, 48)).save(folder / f"{i}.safetensors")
+    return [truth_of(path, 16, "cpu") for path in sorted(folder.glob("*"))]
+
+
+# ------------------------------------------------------------------------------------------------- figures of one clip
+
+
+def value(sums):
+    return metrics.combine(np.array(sums, float))
+
+
+def test_flow_error_by_hand():
+    truth = torch.zeros(1, 2, 1, 4)
+    truth[0, 0, 0] = torch.tensor([3.0, 0.0, 0.05, 0.0])
+    truth[0, 1, 0] = torch.tensor([4.0, 2.0, 0.0, 0.0])  # lengths 5, 2, 0.05 (rests), 0
+    flow = truth.clone()
+    flow[0, 0, 0] += torch.tensor([1.0, 0.0, 2.0, 0.0])
+    found = metrics.flow_error(flow, truth)
+    assert value(found["epe_all"]) == pytest.approx(3 / 4)
+    assert value(found["epe_moving"]) == pytest.approx(1 / 2)
+    assert value(found["epe_relative"]) == pytest.approx(1 / 7)
+
+
+def test_overlap_by_hand():
+    truth = torch.tensor([[[0, 1, 1, 2]], [[0, 0, 1, 2]]])
+    ids = torch.tensor([[[0, 1, 1, 2]], [[0, 1, 1, 0]]])
+    found = metrics.id_overlap(ids, truth)
+    assert value(found["iou_frame_0"]) == 1
+    assert value(found["iou_last"]) == pytest.approx((1 / 2 + 0) / 2)
+    assert value(found["silhouette_last"]) == pytest.approx(1 / 3)
+    assert value(found["ids_miou"]) == pytest.approx((2 / 4 + 3 / 4 + 1 / 2) / 3)
+
+
+def test_centroids_by_hand_and_the_lost_stay():
+    truth = torch.zeros(3, 4, 8, dtype=torch.long)
+    ids = truth.clone()
+    for t in range(3):
+        truth[t, 1, 2 + t] = 1
+    ids[0, 1, 2] = ids[1, 2, 3] = 1  # gone in the last frame
+    found = metrics.centroid_error(ids, truth, [1])
+    assert value(found["centroid_ade"]) == pytest.approx((0 + 1 + math.sqrt(2)) / 3)
+    assert value(found["centroid_fde"]) == pytest.approx(math.sqrt(2))
+    assert value(metrics.permanence(ids, truth)["permanence"]) == pytest.approx(2 / 3)
+
+
+def test_depth_psnr_and_half_time_by_hand():
+    ids, truth = torch.tensor([[[0, 1]]]), torch.tensor([[[2.0, 4.0]]])
+    found = metrics.depth_error(torch.tensor([[[2.0, 5.0]]]), truth, ids)
+    assert value(found["depth_absrel"]) == pytest.approx(1 / 8)
+    assert value(found["depth_absrel_objects"]) == pytest.approx(1 / 4)
+    assert metrics.psnr(torch.full((2, 3, 4, 4), 0.2), torch.zeros(2, 3, 4, 4)) == pytest.approx(20, abs=1e-4)
+    flow = torch.zeros(4, 2, 2, 2)
+    flow[1, 0], flow[2, 0] = 1.0, 3.0  # half of 4 is done 1/3 into the third step
+    assert metrics.half_time(flow) == pytest.approx(2 + 1 / 3)
+    assert math.isnan(metrics.half_time(flow * 0))
+
+
+def test_two_classes_and_summary():
+    assert value(metrics.two_classes({1, 2, 9}, {1, 3}, {1, 2, 3, 4, 5})) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    rows = [{"a": (1.0, 2.0)}, {"a": (3.0, 2.0), "b": (1, 1, 0, 0)}, {"a": (0.0, 0.0)}]
+    summary = metrics.summarise(rows)
+    assert summary["a"]["value"] == 1 and summary["a"]["clips"] == 2
+    assert 0.5 <= summary["a"]["interval"][0] <= 1 <= summary["a"]["interval"][1] <= 1.5
+    assert math.isnan(summary["b"]["value"])  # nothing of the other class
+
+
+def test_nearer_points_win_and_gaps_are_filled():
+    points = torch.tensor([[1.0, 1.0], [1.2, 0.9], [3.0, 1.0], [9.0, 1.0]])
+    ids = metrics.rasterise(points, torch.tensor([1, 2, 2, 1]), torch.tensor([3.0, 2.0, 2.0, 1.0]), (3, 5))
+    assert ids.tolist() == [[0] * 5, [0, 2, 2, 2, 0], [0] * 5]  # the last point is outside
+
+
+def test_colors_give_the_ids_back():
+    clip = moving_squares(3).tensors()
+    assert torch.equal(metrics.ids_by_color(clip["rgb"], clip["segmentation"][0]), clip["segmentation"])
+
+
+def test_contacts_need_depth():
+    ids = torch.zeros(1, 8, 8, dtype=torch.long)
+    ids[:, :, :4], ids[:, :, 4:] = 1, 2
+    depth = torch.where(ids == 1, 2.0, 2.01)
+    assert metrics.contact_pairs(ids, depth) == {(1, 2)}
+    assert metrics.contact_pairs(ids, torch.where(ids == 1, 2.0, 3.0)) == set()
+
+
+# ------------------------------------------------------------------------------------- against the simulator's truth
+
+
+def test_fallen_by_masks_and_by_flow(clips):
+    fallen = [set(clip.meta["arrow"]["fallen"]) for clip in clips]
+    assert any(fallen) and not all(fallen)
+    for clip, true in zip(clips, fallen, strict=True):
+        maps = clip.truth["arrow"]
+        assert metrics.fallen_ids(maps["segmentation"][0], maps["segmentation"][-1]) == true
+        assert metrics.fallen_points(*metrics.carry(maps["flow"], maps["segmentation"][0])) == true
+
+
+def test_carried_ids_are_nearly_the_true_masks(clips):
+    """Nearly: a pixel of which half is floor moves half as far, and what turns towards the camera cannot be carried."""
+    shares = {1: [], 3: [], 15: []}
+    for clip in clips:
+        maps = clip.truth["arrow"]
+        first = maps["segmentation"][0]
+        y, x = first.nonzero(as_tuple=True)
+        points, owner = metrics.carry(maps["flow"], first)
+        for t, found in shares.items():
+            carried = metrics.rasterise(points[t], owner, maps["depth"][0, y, x].repeat_interleave(4), first.shape)
+            found.append(metrics.mean_iou(carried, maps["segmentation"][t]))
+    means = {t: sum(found) / len(found) for t, found in shares.items()}
+    assert means[1] > 0.9 and means[3] > 0.8 and means[15] > 0.65
+    assert shares[15][2] == 1  # nothing moves there
+
+
+def test_truth_scores_full_marks_and_nothing_moves_does_not(clips, tmp_path):
+    clip = clips[0]
+    evaluate.add_other_pushes(clip, tmp_path, "cpu")
+    own = {"rgb_own": clip.truth["arrow"]["rgb"], "told": clip.truth["arrow"]["segmentation"]}
+    truth = clip.truth | {"arrow": clip.truth["arrow"] | own}
+    still = {push: frozen(maps) for push, maps in clip.truth.items()}
+    still["arrow"] = still["arrow"] | {"rgb_own": still["arrow"]["rgb"], "told": own["told"]}
+    right, wrong = (metrics.demo_figures(v, clip) | metrics.physics_figures(v, clip) for v in (truth, still))
+    full = {"ids_miou", "iou_last", "silhouette_last", "both_ways", "both_all_right", "standing", "sooner"}
+    full |= {"all_right_carried", "all_right_ids", "permanence", "control_length"}
+    assert {name: value(right[name]) for name in full} == pytest.approx(dict.fromkeys(full, 1.0))
+    none = {"epe_relative", "epe_all", "quiet", "depth_absrel", "centroid_ade", "centroid_fde"}
+    assert {name: value(right[name]) for name in none} == pytest.approx(dict.fromkeys(none, 0.0), abs=1e-6)
+    assert value(right["painted_ids"]) > 0.6 > value(wrong["painted_ids"])
+    assert value(wrong["epe_relative"]) == pytest.approx(1)
+    for name in ("both_ways", "all_right_carried", "all_right_ids", "sooner", "control_length"):
+        assert value(wrong[name]) == 0
+    assert value(wrong["standing"]) == 1
+
+
+def blurred(video):
+    return torch.nn.functional.avg_pool2d(video, 5, 1, 2, count_include_pad=False)
+
+
+def test_worse_video_gets_worse_figures(clips):
+    clip = clips[0]
+    true = clip.truth["arrow"]
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    delay = (torch.arange(16) - 3).clamp(min=0)
+    right = metrics.physics_figures({"arrow": true}, clip)
+    worse = {"shuffled": {k: v[order] if v.ndim > 2 else v for k, v in true.items()}, "frozen": frozen(true)}
+    worse["delayed"] = {k: v[delay] if v.ndim > 2 else v for k, v in true.items()}
+    worse["blurred"] = true | {"flow": blurred(true["flow"]), "depth": blurred(true["depth"][:, None])[:, 0]}
+    for how, maps in worse.items():
+        found = metrics.physics_figures({"arrow": maps}, clip)
+        less = ("epe_moving", "epe_relative", "depth_absrel_objects")
+        less += () if how == "blurred" else ("centroid_ade",)
+        assert all(value(found[name]) > value(right[name]) for name in less), how
+        if how != "blurred":
+            assert value(found["iou_mean"]) < value(right["iou_mean"])
+            assert metrics.psnr(maps["rgb"], true["rgb"]) < 40
+    assert metrics.psnr(blurred(true["rgb"]), true["rgb"]) < 40
+
+
+# -------------------------------------------------------------------------------------------------- Frechet distances
+
+
+def test_histogram_against_a_loop():
+    random = np.random.default_rng(0)
+    tracks = np.cumsum(random.normal(size=(2, 16, 400, 2)) * random.gamma(1, 4, (2, 1, 400, 1)), axis=1)
+    tracks = tracks.astype(np.float32)
+    expected = np.zeros((2, 2, 4, 4, 4, 8))
+    for m in range(2):
+        for n in range(400):
+            previous = np.zeros(2, np.float32)
+            for t in range(1, 16):
+                velocity = tracks[m, t, n] - tracks[m, t - 1, n]
+                for kind, vector in ((0, velocity), (1, velocity - previous if t > 1 else velocity * 0)):
+                    angle = math.atan2(vector[0], vector[1]) + math.pi
+                    weight = math.ceil(min(8, math.log2(min(255, math.hypot(*vector)) + 1))) / 8
+                    expected[m, kind, t // 4, n // 20 // 5, n % 20 // 5, min(7, int(angle // (math.pi / 4)))] += weight
+                previous = velocity
+    found = metrics.motion_histogram(torch.from_numpy(tracks))
+    assert found.shape == (2, 1024)
+    np.testing.assert_allclose(found.numpy(), expected.reshape(2, -1), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "vector, direction",
+    [((1, 0), 5), ((0, 1), 4), ((-1, 0), 2), ((0, -1), 7), ((1, 1), 5), ((-1, -1), 1), ((1, -1), 7), ((-1, 1), 2)],
+)
+def test_directions_on_the_edge_of_a_bin(vector, direction):
+    """What the published package gives in single precision."""
+    tracks = torch.zeros(1, 16, 400, 2)
+    tracks[0, 1:, 0] = torch.tensor(vector).float()
+    velocity = metrics.motion_histogram(tracks)[0, :512]
+    assert velocity.nonzero().flatten().tolist() == [direction]
+    assert velocity.max() == 1 / 8 * math.ceil(math.log2(math.hypot(*vector) + 1))
+
+
+def test_histogram_refuses_other_shapes():
+    with pytest.raises(ValueError, match="expected"):
+        metrics.motion_histogram(torch.zeros(1, 15, 400, 2))
+
+
+def features(count, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return torch.randn(count, size, generator=generator, dtype=torch.float64) @ mix + seed
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_frechet_distance_against_scipy(eps, ddof):
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = features(80, 6, 1).numpy(), features(50, 6, 2).numpy()
+    s, r = np.cov(x.T, ddof=ddof), np.cov(y.T, ddof=ddof)
+    root = linalg.sqrtm((s + eps * np.eye(6)) @ (r + eps * np.eye(6))).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s + r - 2 * root)
+    found = metrics.frechet_distance(torch.from_numpy(x), torch.from_numpy(y), eps, ddof)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_frechet_distance_in_closed_form(count):
+    """y = c x + d: the covariances commute, so that it is |difference of means|^2 + (c - 1)^2 tr S; any N and D."""
+    x = features(count, 12, 3)
+    y = 2.5 * x + 1
+    gap = (y.mean(0) - x.mean(0)).square().sum()
+    expected = gap + 1.5**2 * x.var(0).sum()
+    assert metrics.frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(x, x, eps=1e-3) == pytest.approx(-2 * 12 * 1e-3, rel=1e-6)
+    assert metrics.frechet_distance(x, y, 1e-9) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_frechet_distance_refuses():
+    x = features(4, 3, 0)
+    for bad in (x[:1], x[:, :2], x[0], torch.full_like(x, math.nan)):
+        with pytest.raises(ValueError):
+            metrics.frechet_distance(x, bad)
+
+
+def test_stand_ins_and_fvmd_see_what_they_should(clips):
+    """Of a set against itself nothing; appearance sees blur, motion sees frames in another order."""
+    videos = [clip.truth["arrow"]["rgb"][:, :, ::2, ::2] for clip in clips[:2]]
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+
+    def distance(motion, change):
+        sets = [[metrics.random_features(f(v), 0, motion) for v in videos] for f in (lambda v: v, change)]
+        return metrics.set_distance([(sets[1], sets[0])], scaled=True)["value"]
+
+    assert distance(True, lambda v: v) == pytest.approx(0, abs=1e-6)
+    assert distance(False, blurred) > 5 * distance(False, lambda v: v[order]) >= 0
+    assert distance(True, lambda v: v[order]) > 1000
+    flows = [clip.truth["arrow"]["flow"] for clip in clips[:2]]
+    true = torch.cat([metrics.tracked_features(chain_flow, flow) for flow in flows])
+    changes = {"frozen": lambda f: f * 0, "shuffled": lambda f: f[order], "fast": lambda f: 2 * f}
+    for name, change in changes.items():
+        other = torch.cat([metrics.tracked_features(chain_flow, change(flow)) for flow in flows])
+        assert metrics.frechet_distance(other, true) > 100, name
+    assert true.shape == (2, 1024)
+
+
+def test_windows_of_longer_clips():
+    flow = torch.zeros(18, 2, 32, 48)
+    flow[:, 0] = 1.0  # of 32 pixels: 8 of 256
+    found = metrics.tracked_features(chain_flow, flow)
+    assert found.shape == (3, 1024)
+    assert found[0, :512].sum() == pytest.approx(15 * 400 * 4 / 8)  # log2(9) rounded up
+    with pytest.raises(ValueError, match="15 frames, FVMD needs 16"):
+        metrics.tracked_features(chain_flow, flow[:15])
+
+
+# ------------------------------------------------------------------------------------------------------------ trackers
+
+
+def test_lucas_kanade_follows_a_texture():
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    frames = []
+    for t in range(6):
+        a, b = x - 1.3 * t, y + 0.6 * t
+        frames.append(torch.stack([(a / 3).sin() * (b / 4).cos(), (a / 5 + b / 3).sin(), (b / 3.5 - a / 6).cos()]))
+    points = torch.cartesian_prod(torch.arange(20.0, 44, 4), torch.arange(16.0, 32, 4))
+    tracks = lucas_kanade(torch.stack(frames) * 0.7, points)
+    expected = points + torch.arange(6.0)[:, None, None] * torch.tensor([1.3, -0.6])
+    assert (tracks - expected).norm(dim=-1).max() < 0.1
+
+
+def texture(picture):
+    """Smaller eigenvalue of the structure tensor: large at corners, small on plain faces and along edges."""
+    across, down = ((picture.roll(-1, d) - picture.roll(1, d)) / 2 for d in (-1, -2))
+    products = torch.stack([(across**2).sum(0), (down**2).sum(0), (across * down).sum(0)])
+    a, b, c = torch.nn.functional.avg_pool2d(products, 7, 1, 3)
+    return (a + b) / 2 - (((a - b) / 2) ** 2 + c**2).sqrt()
+
+
+def test_lucas_kanade_against_exact_tracks():
+    """A step from each moving point that has some texture: most faces are plain, and nothing can be tracked there."""
+    errors, steps = [], []
+    for scenario in ("collide", "link"):
+        clip = simulate.simulate(scenario, 1, 4, (128, 64))
+        maps = clip.tensors()
+        y, x = maps["segmentation"][0].nonzero().T
+        corner = texture(maps["rgb"][0])[y, x]
+        points = torch.stack([x, y], dim=-1)[corner > corner.quantile(0.7)].float()
+        exact = torch.from_numpy(simulate.tracks(clip, points.double().numpy())).float()
+        for t in range(2):
+            step = exact[t + 1] - exact[t]
+            kept = ((exact[t + 1] > 4) & (exact[t + 1] < torch.tensor([123.0, 59.0]))).all(-1) & (
+                step.norm(dim=-1) > 0.1
+            )
+            found = lucas_kanade(maps["rgb"][t : t + 2], exact[t, kept])[1]
+            errors.append((found - exact[t + 1, kept]).norm(dim=-1))
+            steps.append(step[kept].norm(dim=-1))
+    assert torch.cat(errors).median() < 0.5 < 1 < torch.cat(steps).median()
+
+
+def test_pips_has_the_published_parameters(tmp_path):
+    torch.manual_seed(0)
+    model = Pips().eval()
+    state = model.state_dict()
+    assert len(state) == 82 and sum(v.numel() for v in state.values()) == 17_565_410
+    assert state["delta_block.first_block_conv.conv.weight"].shape == (128, 718, 3)
+    points = torch.tensor([[20.0, 30.0], [40.0, 33.0]])
+    video = torch.rand(4, 3, 64, 64) * 2 - 1
+    tracks = model(video, points)
+    assert tracks.shape == (4, 2, 2) and torch.equal(tracks[0], points) and torch.isfinite(tracks).all()
+    torch.save({"model_state_dict": {"fnet.conv1.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth"):
+        Pips.load(tmp_path / "other.pth")
+
+
+class Logits(torch.nn.Module):
+    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale and resize and return_features and x.dtype == torch.uint8
+        return x.float().mean(dim=(2, 3, 4)).repeat(1, 134)[:, :400]
+
+
+def test_i3d_is_called_as_published(tmp_path):
+    torch.jit.script(Logits()).save(tmp_path / "i3d_torchscript.pt")
+    network = metrics.I3D(str(tmp_path / "i3d_torchscript.pt"))
+    assert network(torch.ones(10, 3, 8, 8)).tolist() == [[255.0] * 400] and len(network.sha256) == 64
+    with pytest.raises(ValueError, match="9 frames"):
+        network(torch.ones(9, 3, 8, 8))
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(ValueError, match="text.pt"):
+        metrics.I3D(str(tmp_path / "text.pt"))
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model folder with random weights, clips of its size, and the models of two rows of Table 1."""
+    root = tmp_path_factory.mktemp("evaluate")
+    sizes = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}
+    for name in ("model", "one"):
+        tiny_vae().save_pretrained(root / name / "vae")
+        tiny_tower().save_pretrained(root / name / "image_encoder")
+    for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
+        tiny_stage(replace(config, **sizes), scale=0.02).save_pretrained(root / "model" / name)
+    tiny_stage(replace(ONE_STAGE, **sizes), scale=0.02).save_pretrained(root / "one" / "stage2")
+    for seed in (1, 2, 3):
+        simulate.simulate("dominoes", seed, 16, (32, 16)).save(root / "data" / f"{seed}.safetensors")
+    return root
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(metrics, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(evaluate, "lucas_kanade", partial(lucas_kanade, levels=1, iterations=1))
+    told = ["--model", folders / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
+    told += ["--batch", 2, "--quiet", "--json", tmp_path / "all.json", "--clips", 2]
+    run(monkeypatch, *told, "--metrics", "physics,fvd,fvmd,demo", "--samples", 2, "--trackers", "lk,flow,exact")
+    printed = capsys.readouterr().out
+    for text in ("nothing moves", "truth through the VAE", "best of 2", "FVMD (Lucas-Kanade)", "rfvd_mot (not FVD)"):
+        assert text in printed
+    assert printed.count("its tracks of the truth against exact tracks") == 2
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert result["settings"]["clips"] == 2 and len(result["settings"]["weights"]) == 12
+    still = result["figures"]["still"]
+    assert still["epe_relative"]["value"] == pytest.approx(1) and still["standing"]["value"] == 1
+    assert result["figures"]["truth"]["all_right_ids"]["clips"] == 2
+    demo = {"psnr", "psnr_own", "painted_ids", "both_ways", "quiet", "iou_last_carried", "fallen_carried"}
+    for source in ("model", "still", "codec", "truth"):
+        assert demo <= result["figures"][source].keys()
+
+
+def test_samples_are_kept(folders, monkeypatch, capsys, tmp_path):
+    told = ["--model", folders / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
+    told += ["--batch", 2, "--quiet", "--metrics", "physics", "--json", tmp_path / "all.json"]
+    run(monkeypatch, *told)
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "dream", None)
+    run(monkeypatch, *told)
+    assert capsys.readouterr().out == printed
+    with pytest.raises(TypeError):  # other settings need other samples
+        run(monkeypatch, *told, "--seed", 1)
+
+
+def test_table_1(folders, monkeypatch, capsys, tmp_path):
+    commands = []
+
+    def train(folder, stage, told, quiet):
+        commands.append((folder.name, stage, told))
+        source = folders / ("one" if folder.name.endswith("one_stage") else "model")
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(evaluate, "train", train)
+    monkeypatch.setattr(metrics, "SET_RESAMPLES", 3)
+    told = [
+        "--trackers",
+        "flow",
+        "--data",
+        folders / "data",
+        "--val",
+        folders / "data",
+        "--cache",
+        tmp_path,
+        "--runs",
+        tmp_path / "runs",
+    ]
+    run(monkeypatch, "--table", 1, *told, "--sampling-steps", 1, "--quiet", "--clips", 1, "--json", tmp_path / "t.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| method | paper: FVD ↓ | paper: FVMD ↓ |") and "FVMD (chained flow)" in lines[0]
+    assert lines[2].startswith("| One-stage* | 173.0 | 224.3 | - | - |")  # it has neither flow nor ids
+    assert lines[4].startswith("| Ours | 157.8 | 205.1 |")
+    assert ("tiny-3000-0-one_stage", "one") in [c[:2] for c in commands]
+    assert {c[1] for c in commands if c[0].endswith("sparse_flow")} == {"1", "2"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--model", "nowhere"], "nowhere"),
+        (["--data", "{empty}"], "no clips"),
+        (["--data", "{mixed}"], "the first clip of its folder"),
+        (["--data", "{short}"], "4 frames, 16 are needed"),
+        (["--data", "{foreign}"], "its meta has no"),
+        (["--metrics", "fid"], "fid"),
+        (["--clips", "0"], "1 at least"),
+        (["--metrics", "fvd", "--i3d", "missing.pt"], "missing.pt"),
+        (["--metrics", "fvmd", "--trackers", "pips", "--pips", "missing.pth"], "missing.pth"),
+        (["--trackers", "magic"], "magic"),
+        (["--json", "nowhere/e.json"], "nowhere"),
+        (["--table", "3"], "--val"),
+    ],
+)
+def test_one_clear_line(folders, monkeypatch, capsys, tmp_path, change, message):
+    for name in ("empty", "mixed", "short", "foreign"):
+        (tmp_path / name).mkdir()
+    shutil.copy(folders / "data" / "1.safetensors", tmp_path / "mixed" / "1.safetensors")
+    moving_squares(0, 16, 16, 24).save(tmp_path / "mixed" / "2.safetensors")
+    moving_squares(0, 4, 16, 32).save(tmp_path / "short" / "1.safetensors")
+    moving_squares(0, 16, 16, 32).save(tmp_path / "foreign" / "1.safetensors")
+    told = ["--model", folders / "model", "--data", folders / "data", "--quiet", "--cache", tmp_path / "cache"]
+    told += [
+        "--json",
+        tmp_path / "e.json",
+        *(text.format(**{p.name: p for p in tmp_path.iterdir()}) for text in change),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *told)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1
+    assert errors[0].startswith("evaluate.py: ") and message in errors[0]
+    assert not Path(tmp_path / "e.json").exists()
