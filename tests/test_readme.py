@@ -1,5 +1,6 @@
 """README.md says what is there: functions of the paper table, files of the tree, flags of the commands."""
 
+import functools
 import importlib
 import re
 import subprocess
@@ -42,7 +43,13 @@ def test_every_file_of_the_tree_is_there_and_every_module_in_the_tree():
     assert {path.name for path in ROOT.glob("*.py")} <= names
 
 
-@pytest.mark.parametrize("script", ["simulate.py", "data.py", "train.py", "sample.py"])
+@functools.cache
+def help_of(*words):
+    told = subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    return told.stdout
+
+
+@pytest.mark.parametrize("script", ["simulate.py", "data.py", "train.py", "sample.py", "evaluate.py"])
 def test_every_flag_of_every_command_is_known(script):
     commands = [
         line.split("#")[0]
@@ -50,11 +57,10 @@ def test_every_flag_of_every_command_is_known(script):
         if re.search(rf"(python|torchrun).* {script}|^python {script}", line)
     ]
     assert commands
-    told = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT, check=True
-    ).stdout
     for command in commands:
-        for flag in re.findall(r"--[a-z-]+", command.split(script, 1)[1]):
+        words = command.split(script, 1)[1].split()
+        told = help_of(script, *words[: script == "data.py"])
+        for flag in re.findall(r"--[a-z-]+", " ".join(words)):
             assert flag in told, f"{command}: {flag}"
 
 
