@@ -284,7 +284,7 @@ def test_mistakes(change, message):
 
 
 def test_numba_leaves_the_number_of_threads_of_torch():
-    """Numba sets OpenMP's number of threads, which is torch's too: small operations then take ten times as long."""
+    """Numba sets OpenMP's number of threads, which is torch's too: it must be what it was."""
     softsplat(torch.rand(1, 2, 5, 6), torch.rand(1, 2, 5, 6), mode="sum", backend="numba")
     assert torch.get_num_threads() == 1  # as one_thread said
 
