@@ -72,7 +72,9 @@ class StageConfig:
     mask_unit: str = "instance"  # Eq. 9 per "instance", "pixel" or (literally) "element"
     mask_ratio: float = 0.5  # p of Eq. 9
     mask_keep_one: bool = True  # never hide the last moving object: no arrow at all then means that nothing moves
+    mask_start: float = 0.0  # share of clips that show the arrows of what moves at once (the push), and no other
     splat_time: str = "linear"  # frame t is warped by t F ("linear") or by F ("constant", Eq. 7 literally)
+    show_flow: bool = False  # C^(s) sees F too, not only I_0, S_0, D_0
     motion_weight: float = 1.0  # lambda of Algorithm 1
     motion_threshold: float = 0.1  # tau of Eq. 11, pixels per frame step
     keep_first_frame: bool = True  # I_0, S_0, D_0 are known: the sampler puts them back instead of sampling them
@@ -80,7 +82,8 @@ class StageConfig:
     sigma_std: float = 1.6
     sigma_max: float = 700.0  # where sampling starts
     latent_channels: int = 4
-    vae_factor: int = 8  # f: the scales of Eq. 6 are f, 2f, 4f, 8f
+    vae_factor: int = 8  # f: the scales of Eq. 6 are f, 2f, 4f, 8f (times patch)
+    patch: int = 1  # the UNet takes patch x patch latents as one cell: small models from nothing are 4 times as fast
     frames: int = 14  # what the stage was trained on; sample.py's defaults
     width: int = 512
     height: int = 320
@@ -99,12 +102,17 @@ class StageConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
 
     @property
+    def cell(self) -> int:
+        """Pixels of a side of what the UNet sees as one cell."""
+        return self.vae_factor * self.patch
+
+    @property
     def in_channels(self) -> int:
-        return self.latent_channels * (len(self.predict) + len(self.first_frame) + len(self.given))
+        return self.latent_channels * (len(self.predict) + len(self.first_frame) + len(self.given)) * self.patch**2
 
     @property
     def out_channels(self) -> int:
-        return self.latent_channels * len(self.predict)
+        return self.latent_channels * len(self.predict) * self.patch**2
 
 
 STAGE1 = StageConfig()
@@ -243,7 +251,7 @@ def encode_clips(clips: dict[str, Tensor], vae: VAE, image_encoder: ImageEncoder
     cached.
 
     Latents of the four modalities [B, T, C, h, w], first-frame pictures [B, 9, H, W], image token, instance flow in
-    both readings and sparse flow [B, 2, H, W], S_0, camera, fps, motion bucket.
+    both readings, of the first step alone, and sparse [B, 2, H, W], S_0, camera, fps, motion bucket.
     """
     first = {"rgb": None, "flow": None, "segmentation": clips["segmentation"][:, 0], "depth": clips["depth"][:, 0]}
     pictures = {name: render(name, clips[name], first[name]) for name in first}
@@ -252,11 +260,19 @@ def encode_clips(clips: dict[str, Tensor], vae: VAE, image_encoder: ImageEncoder
         "first_pictures": torch.cat([pictures[name][:, 0] for name in ("rgb", "segmentation", "depth")], dim=1),
         "token": image_encoder(clips["rgb"][:, 0]),
         "F.instance": instance_flow(clips["flow"], clips["segmentation"]),
+        "F.start": instance_flow(clips["flow"][:, :1], clips["segmentation"][:, :1]),
         "F.pixel": instance_flow(clips["flow"], clips["segmentation"][:, 0], reduce="pixel"),
         "F.sparse": sparse_flow(clips["flow"], clips["segmentation"][:, 0], points=8, generator=sparse),
         "segmentation": first["segmentation"],
         **{name: clips[name] for name in ("camera", "fps", "motion_bucket")},
     }
+
+
+def moves_at_once(start: Tensor) -> Tensor:
+    """[B, 2, H, W], each object's flow in the first step -> [B, 1, H, W] of 0/1: objects at least half as fast as the
+    fastest. They are what was pushed; what they hit moves later."""
+    speed = start.norm(dim=1, keepdim=True)
+    return ((speed > 0) & (2 * speed >= speed.amax(dim=(1, 2, 3), keepdim=True))).float()
 
 
 def training_batch(
@@ -284,9 +300,13 @@ def training_batch(
         pictures.append(picture * kept)
     F = encoded["F.sparse" if config.control == "sparse_flow" else f"F.{config.reduce}"]
     if config.control == "instance_flow":
+        pushed = F * moves_at_once(encoded["F.start"])
         F, _ = random_mask(
             F, config.mask_ratio, config.mask_unit, encoded["segmentation"], generator, keep_one=config.mask_keep_one
         )
+        if config.mask_start > 0:
+            shown = torch.rand(batch, generator=generator) < config.mask_start
+            F = torch.where(shown.view(-1, 1, 1, 1).to(device), pushed, F)
     x0 = torch.cat([encoded[f"latents.{name}"] for name in config.predict], dim=2)
     condition = Condition(
         first_pictures=torch.cat(pictures, dim=1),
@@ -363,11 +383,11 @@ class FlowControl(nn.Module):
 
     def __init__(self, channels: list[int], config: StageConfig) -> None:
         super().__init__()
-        self.vae_factor, self.splat_time = config.vae_factor, config.splat_time
-        self.sparse = config.control == "sparse_flow"
+        self.cell, self.splat_time = config.cell, config.splat_time
+        self.sparse, self.show_flow = config.control == "sparse_flow", config.show_flow
         widths = [max(16, c // 4) for c in channels]
-        stem = [nn.Conv2d(9, widths[0], 3, padding=1)]
-        for _ in range(int(math.log2(self.vae_factor))):
+        stem = [nn.Conv2d(11 if self.show_flow else 9, widths[0], 3, padding=1)]
+        for _ in range(int(math.log2(self.cell))):
             stem += [nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, stride=2, padding=1)]
         self.stem = nn.Sequential(*stem)
         self.down = nn.ModuleList(
@@ -383,11 +403,12 @@ class FlowControl(nn.Module):
     def forward(self, first_pictures: Tensor, F: Tensor, frames: int) -> list[Tensor]:
         """[B, 9, H, W], [B, 2, H, W] -> one W^(s) [B, T, C_s, h_s, w_s] per scale."""
         time = torch.arange(frames, device=F.device) if self.splat_time == "linear" else F.new_ones(frames)
-        x, warped = self.stem(first_pictures), []
+        seen = [first_pictures, torch.asinh(F)] if self.show_flow else [first_pictures]
+        x, warped = self.stem(torch.cat(seen, dim=1)), []
         for level, (features, metric) in enumerate(zip(self.features, self.metrics, strict=True)):
             if level > 0:
                 x = self.down[level - 1](x)
-            F_s = resize_flow(F, self.vae_factor * 2**level, x.shape[-2:], self.sparse)
+            F_s = resize_flow(F, self.cell * 2**level, x.shape[-2:], self.sparse)
             F_t = rearrange(time.view(-1, 1, 1, 1) * F_s[:, None], "b t c h w -> (b t) c h w")
             C_s = nnf.silu(x)
             W_s = softsplat(features(C_s), F_t, metric(C_s))
@@ -472,9 +493,10 @@ class MotionDreamer(nn.Module):
         c_skip, c_out, c_in, c_noise, _ = precondition(sigma.float(), self.config.parameterization)
         c_skip, c_out, c_in = (c.view(-1, 1, 1, 1, 1) for c in (c_skip, c_out, c_in))
         first = repeat(cond.first_latents, "b c h w -> b t c h w", t=frames)
-        stacked = torch.cat([c_in * x, first, cond.given], dim=2)  # [B, T, in_channels, h, w]
-        F_x = self.unet(stacked, c_noise, context, cond.added_ids, residuals=warped, temporal_query=queries)
-        return c_skip * x + c_out * F_x.float()
+        stacked = torch.cat([c_in * x, first, cond.given], dim=2)
+        cells = nnf.pixel_unshuffle(stacked, self.config.patch)  # [B, T, in_channels, h / patch, w / patch]
+        F_x = self.unet(cells, c_noise, context, cond.added_ids, residuals=warped, temporal_query=queries)
+        return c_skip * x + c_out * nnf.pixel_shuffle(F_x.float(), self.config.patch)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """L = L_recon + lambda L_motion (Algorithm 1, line 6), both per sample, plus the error of each modality.
@@ -558,6 +580,8 @@ def inflate_conv_in(weight: Tensor, config: StageConfig) -> Tensor:
     copied to the first RGB frame; everything else is zero. With predict = (rgb,) the layer computes what SVD's did.
     """
     c, new = config.latent_channels, weight.new_zeros(weight.shape[0], config.in_channels, *weight.shape[2:])
+    if config.patch != 1:
+        raise ValueError(f"patch is {config.patch}: SVD's weights take latents one by one")
     if weight.shape[1] != 2 * c:
         raise ValueError(f"conv_in takes {weight.shape[1]} channels, expected SVD's {2 * c}")
     predicted = len(config.predict)
@@ -594,7 +618,7 @@ def sample(
     config, device = stage.config, cond.first_latents.device
     batch, _, h, w = cond.first_latents.shape
     sigmas = karras_sigmas(steps, sigma_max=config.sigma_max).to(device)
-    noise = torch.randn((batch, frames, config.out_channels, h, w), generator=generator).to(device)
+    noise = torch.randn((batch, frames, cond.known.shape[1], h, w), generator=generator).to(device)
     x = noise * (sigmas[0] ** 2 + 1).sqrt()
     scale = torch.linspace(*guidance, frames, device=device).view(1, -1, 1, 1, 1)
     control, free = stage.control(cond, frames), cond.without_image()

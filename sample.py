@@ -135,8 +135,8 @@ def load_models(arguments: argparse.Namespace, device: str) -> Models:
 
 def model_size(arguments: argparse.Namespace, models: Models, rgb: np.ndarray) -> tuple[int, int]:
     """Width and height to compute with: --size, or what a stage was trained on, or for plain SVD the image's, cut to
-    what SVD was trained on and to multiples of the VAE's factor."""
-    factor = models.vae.factor
+    what SVD was trained on and to multiples of the VAE's factor (and of a small model's patches)."""
+    factor = max([models.vae.factor, *(stage.config.cell for stage in models.stages.values())])
     if arguments.size is not None:
         width, height = map(int, arguments.size.split("x"))
     elif models.stages:

@@ -24,7 +24,7 @@ def random_condition(config: md.StageConfig, batch: int = 2, frames: int = 3, h:
     return Condition(
         first_pictures=torch.randn(batch, 9, h * f, w * f),
         first_latents=torch.randn(batch, c * len(config.first_frame), h, w),
-        known=torch.full((batch, config.out_channels, h, w), math.nan),
+        known=torch.full((batch, c * len(config.predict), h, w), math.nan),
         given=torch.randn(batch, frames, c * len(config.given), h, w),
         token=torch.randn(batch, 1, UNET_CONFIG.cross_attention_dim),
         added_ids=torch.tensor([[6.0, 127, 0.02]]).repeat(batch, 1),
@@ -95,6 +95,51 @@ def test_flow_control_warps_the_features_of_every_scale(splat_time):
             torch.testing.assert_close(W[:, t], expected, rtol=1e-4, atol=1e-5)
     if splat_time == "linear":  # frame 0 is not moved
         torch.testing.assert_close(warped[0][:, 0], control.features[0](nnf.silu(control.stem(pictures))))
+
+
+def test_flow_control_can_see_the_flow_that_it_warps_by():
+    """A constant flow moves nothing that a flat picture shows: without `show_flow`, only the edges tell its size."""
+    pictures, F = torch.ones(1, 9, 32, 32), torch.zeros(1, 2, 32, 32)
+    for show, differs in ((False, False), (True, True)):
+        control = randomize(md.FlowControl([8, 8], replace(STAGE1, vae_factor=2, show_flow=show)))
+        frames = [control(pictures, F + v, 2)[0][0, 0, :, 8, 8] for v in (0.0, 1.0)]  # frame 0 is not moved
+        assert ((frames[0] - frames[1]).abs().max() > 1e-3) == differs
+
+
+@pytest.mark.parametrize("config", [STAGE1, STAGE2], ids=["x0", "v"])
+def test_patches_of_latents_are_cells_of_the_unet(config):
+    config = replace(config, **SMALL, patch=2)
+    assert (config.cell, config.out_channels) == (4, 4 * 4 * len(config.predict))
+    model, cond = tiny_stage(config), random_condition(config, h=6, w=10)
+    x, sigma, seen = torch.randn(2, 3, 4 * len(config.predict), 6, 10), torch.tensor([0.3, 9.0]), {}
+    c_skip, c_out, c_in, *_ = (c.view(-1, 1, 1, 1, 1) for c in precondition(sigma, config.parameterization))
+
+    def unet(cells, *args, **kwargs):
+        seen["cells"], seen["out"] = cells, torch.randn(2, 3, config.out_channels, 3, 5)
+        return seen["out"]
+
+    control = model.control(cond, 3)
+    assert [tuple(W.shape[-2:]) for W in control[0]] == [(3, 5), (2, 3)]
+    model.unet.forward = unet
+    made = model.denoise(x, sigma, cond, control)
+    first = cond.first_latents[:, None].expand(-1, 3, -1, -1, -1)
+    stacked = torch.cat([c_in * x, first, cond.given], dim=2)
+    assert seen["cells"].shape == (2, 3, config.in_channels, 3, 5)
+    for dy in range(2):
+        for dx in range(2):
+            offset = 2 * dy + dx  # of the four latents of a cell, which follow each other channel by channel
+            assert torch.equal(seen["cells"][:, :, offset::4], stacked[..., dy::2, dx::2])
+            expected = c_skip * x[..., dy::2, dx::2] + c_out * seen["out"][:, :, offset::4]
+            torch.testing.assert_close(made[..., dy::2, dx::2], expected)
+    with pytest.raises(ValueError, match="patch is 2"):
+        md.inflate_conv_in(torch.zeros(8, 8, 3, 3), config)
+
+
+def test_sampling_and_loss_with_patches():
+    config = replace(STAGE1, **SMALL, patch=2)
+    model, cond = tiny_stage(config), random_condition(config, h=6, w=10)
+    assert md.sample(model, cond, frames=3, steps=2).shape == (2, 3, 12, 6, 10)
+    assert model.loss(Batch(torch.randn(2, 3, 12, 6, 10), cond))["flow"].shape == (2,)
 
 
 def test_control_reaches_the_output_only_through_instance_flow():
@@ -300,6 +345,8 @@ def test_encode_clips(models):
     expected = vae.encode(md.render("depth", clips["depth"], clips["depth"][:, 0])[1]) * vae.scaling_factor
     torch.testing.assert_close(encoded["latents.depth"][1], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encoded["F.instance"], instance_flow(clips["flow"], clips["segmentation"]))
+    start = instance_flow(clips["flow"][:, 0][:, None], clips["segmentation"][:, 0])
+    torch.testing.assert_close(encoded["F.start"], start)
     torch.testing.assert_close(encoded["token"], tower(clips["rgb"][:, 0]))
     assert encoded["first_pictures"].shape == (2, 9, 16, 24)
 
@@ -327,6 +374,31 @@ def test_training_and_sampling_see_the_same_condition(models, monkeypatch):
         torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
         unknown = cond.known.isnan().all(dim=3).all(dim=2).all(dim=0)  # of frame 0, only the flow
         assert unknown.sum() == config.latent_channels * ("flow" in config.predict)
+
+
+def test_what_moves_at_once_is_what_is_half_as_fast_as_the_fastest():
+    start = torch.zeros(3, 2, 1, 5)
+    start[0, 0, 0] = torch.tensor([0.0, 4.0, -1.9, -2.1, 0.1])
+    start[1, 1, 0] = torch.tensor([0.2, 0.0, 0.0, 0.0, 0.0])
+    expected = [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0] * 5]  # the last: nothing moves
+    assert md.moves_at_once(start)[:, 0, 0].int().tolist() == expected
+
+
+def test_some_clips_show_the_arrows_of_what_was_pushed(models):
+    encoded = md.encode_clips(stacked_clips(*range(8)), *models)
+    encoded["F.instance"] = torch.rand_like(encoded["F.instance"]) + 0.5
+    encoded["F.start"] = (encoded["segmentation"] == 2)[:, None].float().expand(-1, 2, -1, -1)
+    told = (encoded, models[0])
+    for share in (0.0, 0.5, 1.0):
+        config, count = replace(STAGE1, **SMALL, mask_ratio=0.0, mask_start=share), 0
+        for seed in range(20):
+            F = md.training_batch(config, *told, torch.Generator().manual_seed(seed), drop=0.0).condition.F
+            pushed = encoded["F.instance"] * encoded["F.start"]
+            shown = [torch.equal(F[i], pushed[i]) for i in range(8)]
+            others = [torch.equal(F[i], encoded["F.instance"][i]) for i in range(8)]
+            assert all(a != b for a, b in zip(shown, others, strict=True))  # one or the other
+            count += sum(shown)
+        assert count == 160 * share or (share == 0.5 and 55 < count < 105)  # 80 +- 4 standard deviations
 
 
 def test_training_batch_drops_each_part_by_itself(models):

@@ -28,7 +28,13 @@ UNET_CONFIG = UNetConfig(
     channels_per_group=4,
 )
 # One preset of train.py's, smaller than its smallest.
-TINY = {"vae": VAE_CONFIG, "image_encoder": TOWER_CONFIG, "stage1": UNET_CONFIG, "stage2": UNET_CONFIG}
+TINY = {
+    "vae": VAE_CONFIG,
+    "image_encoder": TOWER_CONFIG,
+    "stage1": UNET_CONFIG,
+    "stage2": UNET_CONFIG,
+    "patch": 2,
+}
 
 
 def randomize(module: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module:
