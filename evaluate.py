@@ -42,7 +42,18 @@ import metrics
 from data import Clip, ClipDataset
 from instance_flow import instance_flow, sparse_flow
 from metrics import Maps, Scene, Sums, frechet_distance, motion_histogram  # noqa: F401 (public names of this file)
-from motion_dreamer import Motion, MotionDreamer, StageConfig, decode, dream, encode, render, unrender
+from motion_dreamer import (
+    ABLATIONS,
+    STAGE2,
+    Motion,
+    MotionDreamer,
+    StageConfig,
+    decode,
+    dream,
+    encode,
+    render,
+    unrender,
+)
 from svd import VAE, ImageEncoder, save_safetensors
 from trackers import Pips, chain_flow, lucas_kanade
 from train import fingerprint, seed_of
@@ -80,6 +91,8 @@ LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is be
     "centroid_ade": "centroid ADE, px ↓",
     "centroid_fde": "centroid FDE, px ↓",
     "contacts": "which pairs touch, ids and depth, balanced accuracy ↑",
+    "contacts_video": "which pairs touch, video by colour, balanced accuracy ↑",
+    "fallen_video": "which have fallen, video by colour, balanced accuracy ↑",
     "moved": "which objects move, carried, balanced accuracy ↑",
     "control_angle": "angle between arrow and motion, degrees ↓",
     "control_length": "length of motion / length of arrow (1)",
@@ -286,7 +299,7 @@ class Features:
                 if modality in maps:
                     self.found.setdefault((name, k), {}).setdefault(source, []).append(extract(maps[modality]))
         if self.exact and source == "truth":
-            self.found.setdefault("exact", []).append(exact_features(scene))
+            self.found.setdefault("exact", {}).setdefault("truth", []).append(exact_features(scene))
 
     def distances(self, source: str) -> dict[str, dict]:
         """Distance of a source's set from the truth's; for "truth" the floor, one half of it against the other."""
@@ -299,7 +312,7 @@ class Features:
                 figures[name] = metrics.set_distance(pairs, source == "truth", ddof, scaled)
         for name in self.extractors if source == "truth" and self.exact else ():
             if name.startswith("FVMD"):
-                pair = (self.found[(name, 0)]["truth"], self.found["exact"])
+                pair = (self.found[(name, 0)]["truth"], self.found["exact"]["truth"])
                 figures[f"{name[:-2]}: its tracks of the truth against exact tracks ↓"] = metrics.set_distance([pair])
         return figures
 
@@ -307,38 +320,44 @@ class Features:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 PUSHES = ("arrow", "opposite", "stronger", "none")
+BESIDE = ("still", "codec", "truth")  # what stands beside the model's figures
 Views = dict[str, Maps]  # what one source shows of a scene, by push
 Rows = dict[str, list[dict[str, Sums]]]  # by source, figures of every clip
 
 
-def views_of(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int = 0) -> dict[str, list[Views]]:
-    """What the model, "still", "codec" and "truth" show of each scene."""
+def views_of(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], alone: bool) -> dict[str, list[Views]]:
+    """What the model, and unless it is measured alone "still", "codec" and "truth" show of each scene."""
     truth = [{push: scene.truth[push] for push in pushes} for scene in scenes]
-    sources = {"model": generated(scenes, sampler, pushes, seed), "truth": truth}
-    sources["still"] = [{push: frozen(maps) for push, maps in views.items()} for views in truth]
-    codec = {push: sampler.make(scenes, f"codec/{push}") for push in pushes}
-    sources["codec"] = [{push: codec[push][i] for push in pushes} for i in range(len(scenes))]
+    sources = {"model": generated(scenes, sampler, pushes, 0)}
+    if not alone:
+        sources["truth"] = truth
+        sources["still"] = [{push: frozen(maps) for push, maps in views.items()} for views in truth]
+        codec = {push: sampler.make(scenes, f"codec/{push}") for push in pushes}
+        sources["codec"] = [{push: codec[push][i] for push in pushes} for i in range(len(scenes))]
     for name, seen in sources.items():
         for views, model, true in zip(seen, sources["model"], truth, strict=True):
             told = (true if name in ("codec", "truth") else model)["arrow"].get("segmentation")
-            extra = {} if told is None else {"told": told}
-            views["arrow"] = {"rgb_own": views["arrow"]["rgb"]} | views["arrow"] | extra
+            own = {} if name == "model" else {"rgb_own": views["arrow"]["rgb"]}
+            views["arrow"] |= own | ({} if told is None else {"told": told})
     return sources
 
 
 def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int) -> list[Views]:
     motions = {push: sampler.make(scenes, push, seed) for push in pushes if sampler.model.stage1}
-    videos = [sampler.make(scenes, kind, seed) for kind in ("rgb", "rgb_own")]
+    kinds = ("rgb", "rgb_own") if pushes == PUSHES else ("rgb_own",)  # only the demo's figures ask for both
+    videos = [sampler.make(scenes, kind, seed) for kind in kinds]
     views = [{push: made[i] for push, made in motions.items()} for i in range(len(scenes))]
     for i, view in enumerate(views):
-        view["arrow"] = view.get("arrow", {}) | videos[0][i] | videos[1][i]
+        view["arrow"] = view.get("arrow", {}) | {name: maps for video in videos for name, maps in video[i].items()}
     return views
 
 
-def measure(scenes: list[Scene], sampler: Sampler, arguments: argparse.Namespace, features: Features) -> Rows:
+def measure(
+    scenes: list[Scene], sampler: Sampler, arguments: argparse.Namespace, features: Features, alone: bool
+) -> Rows:
     """Figures of a batch of scenes, by source; the features of its videos go into `features`."""
     pushes = PUSHES if "demo" in arguments.metrics else ("arrow",)
-    sources, rows = views_of(scenes, sampler, pushes), {}
+    sources, rows = views_of(scenes, sampler, pushes, alone), {}
     for name, seen in sources.items():
         rows[name] = [figures_of(views, scene, arguments.metrics) for views, scene in zip(seen, scenes, strict=True)]
         for views, scene in zip(seen, scenes, strict=True):
@@ -374,27 +393,35 @@ def moving_error(figures: dict[str, Sums]) -> float:
 # ------------------------------------------------------------------------------------------------------- one model
 
 
-def evaluate(arguments: argparse.Namespace, folder: Path) -> dict:
-    """All figures of one model folder: {"figures": {source: {name: {value, interval, clips}}}, "settings": ...}."""
+def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = None) -> dict:
+    """All figures of one model folder: {"figures": {source: {name: {value, interval, clips}}}, "settings": ...}.
+
+    `shared` is filled with what does not depend on the model (figures and features of "still", "codec" and "truth"),
+    or if it is filled already, for the same clips and VAE, spares measuring that again."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     model = Model.load(folder, device)
     config, weights = model.stage2.config, model.weights()
     clips = ClipDataset(arguments.val, config.frames)
-    if clips.height % model.vae.factor or clips.width % model.vae.factor:
+    if clips.height % config.cell or clips.width % config.cell:
         size = f"{clips.width}x{clips.height}"
-        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {model.vae.factor}")
+        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {config.cell}")
     paths = clips.paths[: arguments.clips]
     cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
     told = {name: getattr(arguments, name) for name in ("sampling_steps", "guidance", "seed", "batch")}
-    sampler, rows = Sampler(model, cache, told, weights), {}
-    features = Features(extractors_of(arguments, device), "exact" in arguments.trackers)
+    sampler, shared = Sampler(model, cache, told, weights), {} if shared is None else shared
+    features, alone = Features(extractors_of(arguments, device), "exact" in arguments.trackers), bool(shared)
+    rows = dict(shared.get("rows", {}))
+    features.found = {key: dict(found) for key, found in shared.get("features", {}).items()}
     for i in tqdm(range(0, len(paths), arguments.batch), folder.name, unit="batch", disable=arguments.quiet):
         scenes = [truth_of(path, config.frames, device) for path in paths[i : i + arguments.batch]]
         for scene in scenes if "demo" in arguments.metrics else []:
             add_other_pushes(scene, cache, device)
-        for source, found in measure(scenes, sampler, arguments, features).items():
+        for source, found in measure(scenes, sampler, arguments, features, alone).items():
             rows.setdefault(source, []).extend(found)
-    order = ["model", *sorted(rows.keys() - {"model", "still", "codec", "truth"}), "still", "codec", "truth"]
+    if not alone:
+        shared["rows"] = {source: found for source, found in rows.items() if source in BESIDE}
+        shared["features"] = {key: {s: f[s] for s in BESIDE if s in f} for key, f in features.found.items()}
+    order = ["model", *sorted(rows.keys() - {"model", *BESIDE}), *BESIDE]
     figures = {source: metrics.summarise(rows[source]) | features.distances(source) for source in order}
     rules = ("MOVING", "TILT", "HEIGHT", "RIGHT_WAY", "CONTACT", "CONTACT_PIXELS", "RESAMPLES", "SET_RESAMPLES")
     settings = vars(arguments) | {
@@ -444,6 +471,8 @@ def footnote(settings: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------- the paper's tables
 
+SHOWN = ("contacts_video", "fallen_video", "contacts", "epe_relative", "iou_last")  # beside Frechet distances
+
 # FVD and FVMD of Tables 1 and 3, on Physion with SVD's weights; by the name of our row: label, what trains it.
 TABLES = {
     1: {
@@ -462,21 +491,32 @@ TABLES = {
 }
 
 
+# Hundreds of steps, not thousands: warm up soon, cool down for long, average over little.
+RECIPE = ["--lr", "8e-4", "--warmup", "30", "--cooldown", "0.6", "--ema", "0.99", "--sample-every", "0"]
+
+
 def train_row(row: str, arguments: argparse.Namespace) -> Path:
-    """Trains a row's model under --runs unless it is there: the same data, VAE, steps and seed for every row."""
+    """Trains a row's model under --runs unless it is there: the same data, VAE, steps and seed for every row.
+
+    A Stage II that is configured as that of the full model is that one: it would train to the same weights."""
     root = Path(arguments.runs)
     name = f"{arguments.preset}-{arguments.steps}-{arguments.seed}"
     base, folder = root / f"{name}-vae", root / f"{name}-{row}"
     told = ["--preset", arguments.preset, "--data", arguments.data, "--seed", str(arguments.seed)]
-    told += ["--steps", str(arguments.steps), "--batch", str(arguments.batch), "--sample-every", "0"]
-    train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
+    told += ["--steps", str(arguments.steps), "--batch", str(arguments.train_batch), *RECIPE]
+    if not arguments.codec:
+        train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
     for part in ("vae", "image_encoder"):
-        shutil.copytree(base / part, folder / part, dirs_exist_ok=True)
+        shutil.copytree(Path(arguments.codec or base) / part, folder / part, dirs_exist_ok=True)
+    told += ["--val", arguments.val, *(["--set", *arguments.set] if arguments.set else [])]
     if row == "one_stage":
         train(folder, "one", told, arguments.quiet)
+        return folder
+    train(folder, "1", [*told, "--ablation", row], arguments.quiet)
+    if row != "motion_dreamer" and ABLATIONS[row][1] == STAGE2:
+        shutil.copytree(train_row("motion_dreamer", arguments) / "stage2", folder / "stage2", dirs_exist_ok=True)
     else:
-        for stage in ("1", "2"):
-            train(folder, stage, [*told, "--ablation", row], arguments.quiet)
+        train(folder, "2", [*told, "--ablation", row], arguments.quiet)
     return folder
 
 
@@ -498,18 +538,18 @@ def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
 
 def table(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Our rows beside the paper's: Markdown, and the figures of every row."""
-    arguments.metrics = ["fvd", "fvmd", "physics"]
-    results = {row: evaluate(arguments, train_row(row, arguments)) for row in TABLES[arguments.table]}
+    arguments.metrics, shared = ["fvd", "fvmd", "physics"], {}
+    results = {row: evaluate(arguments, train_row(row, arguments), shared) for row in TABLES[arguments.table]}
     figures = {row: result["figures"]["model"] for row, result in results.items()}
     some = next(iter(results.values()))["figures"]
-    names = [n for n in some["still"] if n in ("epe_relative", "iou_last") or n.startswith(("FV", "rfvd"))]
+    names = [n for n in some["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
     lines = ["| " + " | ".join(["method", "paper: FVD ↓", "paper: FVMD ↓", *(LABELS.get(n, n) for n in names)]) + " |"]
     lines.append("|---" * (len(names) + 3) + "|")
     for row, (label, fvd, fvmd) in TABLES[arguments.table].items():
         lines.append(
             "| " + " | ".join([label, str(fvd), str(fvmd), *(cell(figures[row].get(n)) for n in names)]) + " |"
         )
-    for source in ("still", "codec", "truth"):
+    for source in BESIDE:
         lines.append("| " + " | ".join([COLUMNS[source], "", "", *(cell(some[source].get(n)) for n in names)]) + " |")
     ours = f"Ours: preset {arguments.preset}, {arguments.steps} steps a stage; {footnote(results[row]['settings'])}"
     lines += ["", f"{ours} The paper: SVD's size, Physion. Only the order of rows compares."]
@@ -539,14 +579,17 @@ def parse_arguments() -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument("--sampling-steps", type=int, default=10)
     how.add_argument("--guidance", type=float, nargs=2, default=[1.0, 1.0], metavar=("FIRST", "LAST"))
-    how.add_argument("--batch", type=int, default=8, help="clips; also of training")
+    how.add_argument("--batch", type=int, default=8, help="clips that are sampled together")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--cache", metavar="DIR", help="where samples are kept; default: in the data folder")
     how.add_argument("--json", default="evaluation.json", metavar="FILE", help="all figures and every setting")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     rows = parser.add_argument_group("training of --table")
     rows.add_argument("--steps", type=int, default=3000, help="of training, for each stage")
+    rows.add_argument("--train-batch", type=int, default=8, help="clips a step")
     rows.add_argument("--preset", default="tiny")
+    rows.add_argument("--codec", metavar="DIR", help="VAE and image tower of this model folder; else they are trained")
+    rows.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StageConfig, in all rows")
     rows.add_argument("--runs", default="runs/table", metavar="DIR", help="where its models are kept")
     return parser.parse_args()
 
@@ -556,8 +599,9 @@ def run(arguments: argparse.Namespace) -> None:
         setattr(arguments, name, getattr(arguments, name).split(","))
         if unknown := set(getattr(arguments, name)) - set(known.split(",")):
             raise ValueError(f"--{name} {','.join(sorted(unknown))}: expected some of {known}")
-    if min(arguments.clips, arguments.samples, arguments.sampling_steps, arguments.batch, arguments.steps) < 1:
-        raise ValueError("--clips, --samples, --sampling-steps, --batch, --steps: expected 1 at least")
+    counts = ("clips", "samples", "sampling_steps", "batch", "train_batch", "steps")
+    if min(getattr(arguments, name) for name in counts) < 1:
+        raise ValueError(f"--{', --'.join(counts).replace('_', '-')}: expected 1 at least")
     path = Path(arguments.json)
     if not path.parent.is_dir():
         raise ValueError(f"--json {path}: there is no folder {path.parent}")

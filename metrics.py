@@ -254,11 +254,24 @@ def contact_pairs(ids: Tensor, depth: Tensor) -> set[tuple[int, int]]:
 
 
 def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
-    """Video [T, 3, H, W] -> ids [T, H, W]: each pixel goes to the object, or background, of the nearest colour, which
-    is its mean colour in the first frame, where ids [H, W] are known."""
-    ids = first_ids.unique()
-    colors = torch.stack([video[0][:, first_ids == i].mean(dim=1) for i in ids])
-    return ids[torch.cdist(video.movedim(1, -1), colors).argmin(dim=-1)]
+    """Video [T, 3, H, W] -> ids [T, H, W]: each pixel goes to the object, or background, that has the nearest colour
+    in the first frame, where ids [H, W] are known; then twice to the majority of its 3 x 3 neighbours, in which it has
+    three votes itself, so that corners stay.
+
+    Colours are those of 60 pixels of every object, 180 of the background: sides and shadows have colours of their own.
+    """
+    ids, colors, owners = first_ids.unique(), [], []
+    for k, i in enumerate(ids):
+        pixels = video[0][:, first_ids == i].T
+        some = torch.linspace(0, len(pixels) - 1, min(len(pixels), 60 if i > 0 else 180)).round().long()
+        colors.append(pixels[some.to(pixels.device)])
+        owners.append(torch.full((len(some),), k, device=video.device))
+    colors, owners = torch.cat(colors), torch.cat(owners)
+    nearest = torch.stack([owners[torch.cdist(frame.movedim(0, -1), colors).argmin(dim=-1)] for frame in video])
+    for _ in range(2):
+        own = nnf.one_hot(nearest, len(ids)).movedim(-1, 1).float()  # [T, N, H, W]
+        nearest = (9 * nnf.avg_pool2d(own, 3, stride=1, padding=1) + 2 * own).argmax(dim=1)
+    return ids[nearest]
 
 
 # ------------------------------------------------------------------------------------- what the figures are, by clip
@@ -278,7 +291,10 @@ class Scene:
 
 
 def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
-    """Generated maps (of the clip's own push) against the truth, pixel by pixel, object by object."""
+    """Generated maps (of the clip's own push) against the truth, pixel by pixel, object by object.
+
+    contacts: from ids and depth. contacts_video, fallen_video: from the video alone, by colour, so that a model without
+    ids and depth (One-stage*) can be compared."""
     made, true, meta = made["arrow"], scene.truth["arrow"], scene.meta["arrow"]
     objects, figures = objects_of(true["segmentation"][0]), {}
     if "segmentation" in made:
@@ -290,10 +306,16 @@ def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
         figures |= flow_error(made["flow"], true["flow"]) | object_motion(made["flow"], scene)
     if "fallen" in meta:
         figures |= fallen_figures(made, scene)
-    if {"segmentation", "depth"} <= made.keys() and "contacts" in meta:
+    if "contacts" in meta:
         pairs = {(a, b) for a in objects for b in objects if a < b}
         touching = {(a, b) for a, b, _ in meta["contacts"] if a > 0}
-        figures["contacts"] = two_classes(contact_pairs(made["segmentation"], made["depth"]), touching, pairs)
+        if {"segmentation", "depth"} <= made.keys():
+            figures["contacts"] = two_classes(contact_pairs(made["segmentation"], made["depth"]), touching, pairs)
+        if objects and "rgb_own" in made:  # of a video, only what overlaps in the picture is seen
+            seen = ids_by_color(made["rgb_own"], true["segmentation"][0])
+            figures["contacts_video"] = two_classes(contact_pairs(seen, torch.ones(seen.shape)), touching, pairs)
+            fallen = set(meta["fallen"]) & set(objects)
+            figures["fallen_video"] = two_classes(fallen_ids(true["segmentation"][0], seen[-1]), fallen, objects)
     return figures
 
 

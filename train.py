@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import metrics
 from data import ClipDataset, ResumableSampler
-from instance_flow import instance_flow, random_mask
+from instance_flow import instance_flow
 from motion_dreamer import (
     ABLATIONS,
     ONE_STAGE,
@@ -50,8 +51,10 @@ from motion_dreamer import (
     dream,
     encode,
     encode_clips,
+    moves_at_once,
     render,
     training_batch,
+    unrender,
 )
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig, save_safetensors
 
@@ -74,6 +77,7 @@ PRESETS = {
         ),
         "stage1": small_unet((32, 64, 64), 2, 64, 32),
         "stage2": small_unet((32, 64, 64), 2, 64, 32),
+        "patch": 2,
     },
     "demo": {  # the model in demo/: hours on two CPU cores
         "vae": VAEConfig(
@@ -83,8 +87,14 @@ PRESETS = {
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64,
             patch_size=16, projection_dim=128,
         ),
-        "stage1": small_unet((48, 96, 144), 3, 128, 64),
-        "stage2": small_unet((32, 64, 96), 2, 128, 64),  # painting is easier than reasoning
+        "stage1": small_unet((64, 96, 144), 4, 128, 64),
+        "stage2": small_unet((64, 64, 96), 4, 128, 64),  # painting is easier than reasoning
+        "patch": 2,
+    },
+    "table": {  # the rows of evaluate.py's tables, which share the demo model's VAE: minutes a stage
+        "stage1": small_unet((32, 64, 96), 2, 128, 64),
+        "stage2": small_unet((32, 64, 96), 2, 128, 64),
+        "patch": 2,
     },
 }  # fmt: skip
 
@@ -100,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--preset", choices=list(PRESETS), default="demo", help="size of a model from nothing")
     where = parser.add_argument_group("data and output")
     where.add_argument("--data", required=True, metavar="DIR")
-    where.add_argument("--val", metavar="DIR", help="clips for the validation loss in log.jsonl")
+    where.add_argument("--val", metavar="DIR", help="clips for validation losses and figures in log.jsonl")
     where.add_argument("--out", required=True, metavar="DIR", help="model folder")
     where.add_argument("--frames", type=int, help="default: all frames of the first clip")
     where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
@@ -125,6 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     log.add_argument("--save-every", type=int, default=500)
     log.add_argument("--keep", type=int, default=1, help="newest checkpoints that stay")
     log.add_argument("--val-every", type=int, default=500)
+    log.add_argument("--val-samples", type=int, default=4, help="validation clips that are sampled and measured")
     log.add_argument("--sample-every", type=int, default=2000, help="pictures of one clip; 0 = never")
     log.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()
@@ -147,7 +158,8 @@ def stage_config(arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE) 
         except (KeyError, ValueError):
             raise ValueError(f"--set {item}: {text!r} is not a {types[name].__name__}") from None
     if not arguments.init:
-        changes = {"sigma_max": 80.0} | changes  # trained from nothing, a network has not seen SVD's 700
+        # Trained from nothing, a network has not seen SVD's 700; what small models need for their speed is theirs.
+        changes = {"sigma_max": 80.0, "patch": PRESETS[arguments.preset]["patch"]} | changes
     sizes = {"frames": dataset.frames, "width": dataset.width, "height": dataset.height}
     return replace(config, latent_channels=vae.config.latent_channels, vae_factor=vae.factor, **sizes, **changes)
 
@@ -259,40 +271,59 @@ class VAETraining(nn.Module):
         return vae_loss(self.vae, clips, generator)
 
 
-# ------------------------------------------------------------------------------------------- pictures while it trains
+# ---------------------------------------------------------------------------------------------- samples while it trains
 
 
 @torch.no_grad()
-def write_samples(
-    path: Path, trained: VAE | MotionDreamer, vae: VAE, image_encoder: ImageEncoder | None, clip: dict[str, Tensor]
-) -> None:
-    """A picture with two rows for every modality that is learned, truth above sample, six frames of one clip.
+def reproduce(
+    trained: VAE | MotionDreamer, vae: VAE, image_encoder: ImageEncoder | None, clip: dict[str, Tensor]
+) -> metrics.Maps:
+    """What a model makes of a clip [T, ...], by modality, in 10 sampling steps.
 
-    Stage I is told one arrow, Stage II the true motion; a VAE encodes and decodes.
+    Stage I is told the arrows of what moves at once, Stage II the true motion; a VAE encodes and decodes.
     """
     clip = {name: value[None].to(next(vae.parameters()).device) for name, value in clip.items()}
     first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:, 0], "depth": clip["depth"][:, 0]}
-    pairs = {}
     if isinstance(trained, VAE):
-        for name in first:
-            truth = render(name, clip[name], first[name])
-            pairs[name] = truth, decode(vae, encode(vae, truth))
+        rendered = {name: render(name, clip[name], first[name]) for name in first}
+        made = {n: unrender(n, decode(vae, encode(vae, picture)), first[n]) for n, picture in rendered.items()}
     else:
         F = instance_flow(clip["flow"], clip["segmentation"])
-        generator = torch.Generator().manual_seed(0)
-        F, _ = random_mask(F, 1.0, "instance", first["segmentation"], generator, keep_one=True)
-        truth = Motion(clip["flow"], clip["segmentation"], clip["depth"])
+        F = F * moves_at_once(instance_flow(clip["flow"][:, :1], clip["segmentation"][:, :1]))
         stages = (None, trained) if trained.config.predict == ("rgb",) else (trained, None)
         motion, video = dream(
             *stages, vae, image_encoder, clip["rgb"][:, 0], first["segmentation"], first["depth"], F, clip["camera"],
-            frames=clip["rgb"].shape[1], generator=generator, motion=None if stages[0] else truth,
+            frames=clip["rgb"].shape[1], steps=10, generator=torch.Generator().manual_seed(0),
+            motion=None if stages[0] else Motion(clip["flow"], clip["segmentation"], clip["depth"]),
         )  # fmt: skip
-        for name in trained.config.predict:
-            made = video if name == "rgb" else getattr(motion, name)
-            pairs[name] = tuple(render(name, value, first[name]) for value in (clip[name], made))
-    shown = np.linspace(0, clip["rgb"].shape[1] - 1, 6).round().astype(int)
-    rows = torch.cat([rearrange(row[0, shown], "t c h w -> c h (t w)") for pair in pairs.values() for row in pair], 1)
-    pixels = ((rows.permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()
+        made = {"rgb": video} if video is not None else vars(motion)
+    return {name: value[0] for name, value in made.items() if value is not None}
+
+
+def sample_figures(made: metrics.Maps, clip: metrics.Maps) -> dict[str, metrics.Sums]:
+    """The measures of evaluate.py that need no more than a clip: flow error, mask IoU, depth error, PSNR."""
+    figures, ids = {}, clip["segmentation"]
+    if "flow" in made:
+        figures |= metrics.flow_error(made["flow"], clip["flow"])
+    if "segmentation" in made:
+        overlap = metrics.id_overlap(made["segmentation"], ids)
+        figures |= {name: overlap[name] for name in ("ids_miou", "iou_last", "silhouette_last")}
+    if "depth" in made:
+        figures |= metrics.depth_error(made["depth"], clip["depth"], ids)
+    if "rgb" in made:
+        figures["psnr"] = metrics.mean_of(metrics.psnr(made["rgb"], clip["rgb"]))
+    return figures
+
+
+def write_samples(path: Path, made: metrics.Maps, clip: metrics.Maps) -> None:
+    """A picture with two rows for every modality that was made, truth above sample, six frames of one clip."""
+    rows, shown = [], np.linspace(0, len(clip["rgb"]) - 1, 6).round().astype(int)
+    for name, value in made.items():
+        first = clip[name][:1] if name in ("segmentation", "depth") else None
+        for maps in (clip[name].to(value.device), value):
+            picture = render(name, maps[None], first)[0]
+            rows.append(rearrange(picture[shown], "t c h w -> c h (t w)"))
+    pixels = ((torch.cat(rows, dim=1).permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
@@ -363,6 +394,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     # The model. `core` is what is saved, `model` has the loss as its forward.
     if is_vae:
+        if "vae" not in PRESETS[arguments.preset]:
+            raise ValueError(f"--preset {arguments.preset} has no VAE of its own: train that of another preset")
         core = VAE(PRESETS[arguments.preset]["vae"]).to(device)
         if arguments.start:
             copy_weights(core, VAE.from_pretrained(arguments.start, "vae", **full), arguments.start)
@@ -379,9 +412,9 @@ def train(arguments: argparse.Namespace) -> None:
     else:
         vae, image_encoder = frozen_encoders(arguments, out, device)
         config = stage_config(arguments, dataset, vae)
-        if dataset.width % vae.factor or dataset.height % vae.factor:
+        if dataset.width % config.cell or dataset.height % config.cell:
             size = f"{dataset.width}x{dataset.height}"
-            raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {vae.factor}")
+            raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {config.cell}")
         if arguments.init:
             model = core = MotionDreamer.from_svd(arguments.init, config, device)
             if rank == 0 and not (out / "vae").exists():
@@ -462,7 +495,14 @@ def train(arguments: argparse.Namespace) -> None:
             batch = torch.utils.data.default_collate([encoded_val[(i, 0)]])
             for key, value in losses_of(network, batch, torch.Generator().manual_seed(i)).items():
                 sums[key] = sums.get(key, 0.0) + value.mean().item()
-        return {f"val_{key}": value / min(64, len(encoded_val)) for key, value in sums.items()}
+        found = {f"val_{key}": value / min(64, len(encoded_val)) for key, value in sums.items()}
+        clips = [validation[(i, 0)] for i in range(min(arguments.val_samples, len(validation)))]
+        rows = [sample_figures(sampled(clip), clip) for clip in clips]
+        return found | {f"val_{key}": figure["value"] for key, figure in metrics.summarise(rows).items()}
+
+    def sampled(clip: metrics.Maps) -> metrics.Maps:
+        made = reproduce(ema, ema if is_vae else vae, image_encoder, clip)
+        return {name: value.cpu() for name, value in made.items()}
 
     def save() -> None:
         if rank > 0:
@@ -526,7 +566,7 @@ def train(arguments: argparse.Namespace) -> None:
             save()
         if arguments.sample_every and step % arguments.sample_every == 0 and rank == 0:
             clip = (validation or dataset)[(0, 0)]
-            write_samples(folder / "samples" / f"step_{step:08d}.png", ema, ema if is_vae else vae, image_encoder, clip)
+            write_samples(folder / "samples" / f"step_{step:08d}.png", sampled(clip), clip)
     if step % arguments.save_every:
         save()
     bar.close()

@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import TINY, UNET_CONFIG, moving_squares, tiny_tower, tiny_vae
+from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import train
 from data import ResumableSampler
-from motion_dreamer import MotionDreamer
+from motion_dreamer import STAGE1, MotionDreamer
 from svd import VAE, ImageEncoder, UNet
 
 ROOT = Path(__file__).parent.parent
@@ -209,9 +210,42 @@ def test_data_and_randomness_of_a_step_are_functions_of_seed_rank_and_step(monke
     assert len({train.seed_of(*numbers) for numbers in np.ndindex(3, 2, 5, 2)}) == 60
 
 
+def test_figures_of_the_truth_are_perfect_and_those_of_a_shifted_clip_are_not():
+    clip = moving_squares(0).tensors()
+    perfect = {"epe_all": 0, "epe_moving": 0, "epe_relative": 0, "ids_miou": 1, "iou_last": 1, "silhouette_last": 1}
+    perfect |= {"depth_absrel": 0, "depth_absrel_objects": 0, "psnr": 99}
+    found = {name: a / b for name, (a, b) in train.sample_figures(clip, clip).items()}
+    assert found == perfect
+    shifted = {n: v.roll(1, -1) if n in ("rgb", "flow", "segmentation", "depth") else v for n, v in clip.items()}
+    for name, (a, b) in train.sample_figures(shifted, clip).items():
+        assert (a / b > perfect[name]) == (perfect[name] == 0), name
+    assert train.sample_figures({"rgb": clip["rgb"]}, clip).keys() == {"psnr"}
+
+
+def test_a_stage_reproduces_a_clip_from_what_moves_at_once(out, monkeypatch):
+    """Of two objects of which one starts late, only the other's arrow is shown."""
+    clip, told = moving_squares(0).tensors(), {}
+    late = clip["segmentation"] == 2
+    clip["flow"] = torch.where(late[:, None], torch.tensor([0.5, 3.0]).view(2, 1, 1), torch.tensor(0.0))
+    clip["flow"][:, 0][clip["segmentation"] == 1] = 1.0
+    clip["flow"][0, :, late[0]] = 0.0
+    dreamt = train.dream
+    monkeypatch.setattr(train, "dream", lambda *a, **k: told.update(F=a[7]) or dreamt(*a, **k))
+    stage = tiny_stage(replace(STAGE1, vae_factor=2, frames=4))
+    made = train.reproduce(stage, tiny_vae(), tiny_tower(), clip)
+    assert {name: value.shape for name, value in made.items()} == {
+        name: clip[name].shape for name in ("flow", "segmentation", "depth")
+    }
+    ids = clip["segmentation"][0]
+    assert (told["F"][0][:, ids == 2] == 0).all() and (told["F"][0][0, ids == 1] == 1).all()
+    assert train.reproduce(tiny_vae(), tiny_vae(), None, clip)["rgb"].shape == clip["rgb"].shape
+
+
 def test_samples_and_validation(monkeypatch, clips, out):
     run(monkeypatch, clips, out, "--val", clips, "--val-every", 2, "--sample-every", 2, steps=2)
     assert [("val_loss" in line) for line in logged(out)] == [False, True]
+    figures = {"val_epe_relative", "val_ids_miou", "val_iou_last", "val_silhouette_last", "val_depth_absrel"}
+    assert figures <= logged(out)[1].keys() and logged(out)[1]["val_epe_relative"] > 0
     picture = Image.open(out / "training" / "stage1" / "samples" / "step_00000002.png")
     assert picture.size == (6 * 24, 6 * 16)  # three modalities, truth above sample
     run(monkeypatch, clips, out, "--sample-every", 2, stage="2", steps=2)
@@ -327,7 +361,7 @@ MISTAKES = {
     "empty": (empty, [], "no clips"),
     "corrupt clip": (spoil_clip, [], "2.safetensors"),
     "corrupt VAE": (spoil_vae, [], "vae/diffusion_pytorch_model.safetensors"),
-    "size": (odd, [], "clips are 25x16, not a multiple of 2"),
+    "size": (odd, [], "clips are 25x16, not a multiple of 4"),
     "frames": (nothing, ["--frames", "9"], "has 4 frames, 9 are needed"),
     "unknown field": (nothing, ["--set", "speed=3"], "--set speed=3"),
     "bad value": (nothing, ["--set", "mask_ratio=high"], "'high' is not a float"),
