@@ -648,6 +648,7 @@ def decode_motion(
     return Motion(**parts)
 
 
+@torch.no_grad()
 def dream(
     stage1: MotionDreamer | None,
     stage2: MotionDreamer | None,

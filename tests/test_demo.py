@@ -1,0 +1,58 @@
+"""The shipped model does what it is shown for: the pushed domino falls, and what nobody pushes stays."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metrics
+from instance_flow import Arrows, arrows_to_flow
+from motion_dreamer import MotionDreamer, dream
+from svd import VAE, ImageEncoder
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+
+@pytest.fixture(scope="module")
+def flows():
+    """Stage I's flow [T, 2, H, W] of the example for every arrows file, and the ids [H, W]."""
+    picture = torch.from_numpy(np.array(Image.open(DEMO / "example.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    ids = torch.from_numpy(np.array(Image.open(DEMO / "ids.png"))).long()
+    depth = torch.from_numpy(np.array(Image.open(DEMO / "depth.png")).astype(np.float32) / 1000)
+    stage = MotionDreamer.from_pretrained(DEMO, "stage1", dtype=torch.float32).eval()
+    vae = VAE.from_pretrained(DEMO, "vae", dtype=torch.float32).eval()
+    tower = ImageEncoder.from_pretrained(DEMO, "image_encoder", dtype=torch.float32).eval()
+    names = ("arrows", "arrows_opposite", "arrows_none")
+    F = [arrows_to_flow(Arrows.load(DEMO / f"{name}.json"), ids, stage.config.frames) for name in names]
+    told = [value.expand(3, *value.shape) for value in (picture[0], ids, depth)]
+    motion, _ = dream(
+        stage, None, vae, tower, *told, torch.stack(F), frames=stage.config.frames, steps=10,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return dict(zip(names, motion.flow, strict=True)), ids
+
+
+def pushed(ids):
+    x, y = json.loads((DEMO / "arrows.json").read_text())["arrows"][0]["start"]
+    return ids[y, x].item()
+
+
+def test_the_pushed_domino_falls(flows):
+    flow, ids = flows
+    assert pushed(ids) in metrics.fallen_points(*metrics.carry(flow["arrows"], ids))
+
+
+def test_the_pushed_domino_goes_where_the_arrow_points(flows):
+    flow, ids = flows
+    for name in ("arrows", "arrows_opposite"):
+        arrow = json.loads((DEMO / f"{name}.json").read_text())["arrows"][0]
+        way = metrics.displacement(*metrics.carry(flow[name], ids), pushed(ids))
+        assert (arrow["end"][0] - arrow["start"][0]) * way[0] > 0
+
+
+def test_without_an_arrow_all_stay_standing(flows):
+    flow, ids = flows
+    assert metrics.fallen_points(*metrics.carry(flow["arrows_none"], ids)) == set()
