@@ -73,6 +73,7 @@ class StageConfig:
     mask_ratio: float = 0.5  # p of Eq. 9
     mask_keep_one: bool = True  # never hide the last moving object: no arrow at all then means that nothing moves
     mask_start: float = 0.0  # share of clips that show the arrows of what moves at once (the push), and no other
+    still_ratio: float = 0.0  # share of clips shown as if nobody had pushed: no arrow, nothing moves (scenes at rest)
     splat_time: str = "linear"  # frame t is warped by t F ("linear") or by F ("constant", Eq. 7 literally)
     show_flow: bool = False  # C^(s) sees F too, not only I_0, S_0, D_0
     motion_weight: float = 1.0  # lambda of Algorithm 1
@@ -275,6 +276,15 @@ def moves_at_once(start: Tensor) -> Tensor:
     return ((speed > 0) & (2 * speed >= speed.amax(dim=(1, 2, 3), keepdim=True))).float()
 
 
+def at_rest(modality: str, latents: Tensor, vae: VAE, rgb: Tensor) -> Tensor:
+    """Latents [B, T, C, h, w] of a clip -> those of the same scene in which nothing moves: flow 0, all else as in frame
+    0 (rgb [B, 3, H, W] has its size)."""
+    first = latents[:, :1]
+    if modality == "flow":
+        first = encode(vae, render("flow", torch.zeros_like(rgb[:1, None, :2])))
+    return first.expand_as(latents)
+
+
 def training_batch(
     config: StageConfig, encoded: dict[str, Tensor], vae: VAE, generator: torch.Generator, drop: float = 0.1
 ) -> Batch:
@@ -307,12 +317,17 @@ def training_batch(
         if config.mask_start > 0:
             shown = torch.rand(batch, generator=generator) < config.mask_start
             F = torch.where(shown.view(-1, 1, 1, 1).to(device), pushed, F)
-    x0 = torch.cat([encoded[f"latents.{name}"] for name in config.predict], dim=2)
+    latents = {name: encoded[f"latents.{name}"] for name in (*config.predict, *config.given)}
+    if config.still_ratio > 0:
+        still = (torch.rand(batch, generator=generator) < config.still_ratio).view(-1, 1, 1, 1).to(device)
+        F = torch.where(still, 0.0, F)
+        latents = {n: torch.where(still[:, None], at_rest(n, v, vae, rgb), v) for n, v in latents.items()}
+    x0 = torch.cat([latents[name] for name in config.predict], dim=2)
     condition = Condition(
         first_pictures=torch.cat(pictures, dim=1),
         first_latents=torch.cat([first[name] for name in config.first_frame], dim=1) * image_kept.view(-1, 1, 1, 1),
         known=torch.full_like(x0[:, 0], math.nan),  # only the sampler uses it
-        given=torch.cat([x0[:, :, :0], *(encoded[f"latents.{name}"] for name in config.given)], dim=2),
+        given=torch.cat([x0[:, :, :0], *(latents[name] for name in config.given)], dim=2),
         token=encoded["token"] * image_kept.view(-1, 1, 1),
         added_ids=torch.stack([encoded["fps"] - 1, encoded["motion_bucket"], noise_aug], dim=1),
         F=F,

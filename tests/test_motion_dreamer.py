@@ -401,6 +401,28 @@ def test_some_clips_show_the_arrows_of_what_was_pushed(models):
         assert count == 160 * share or (share == 0.5 and 55 < count < 105)  # 80 +- 4 standard deviations
 
 
+@pytest.mark.parametrize("config", [STAGE1, STAGE2], ids=["stage 1", "stage 2"])
+def test_some_clips_are_shown_at_rest(models, config):
+    """As encoding a clip in which nothing moves would have given."""
+    clips = stacked_clips(*range(8))
+    encoded, rest = md.encode_clips(clips, *models), {name: value.clone() for name, value in clips.items()}
+    for name in ("rgb", "segmentation", "depth"):
+        rest[name] = rest[name][:, :1].expand_as(rest[name])
+    rest["flow"] = torch.zeros_like(rest["flow"])
+    expected = md.encode_clips(rest, *models)
+    config, counted = replace(config, **SMALL, mask_ratio=0.0, still_ratio=0.5), 0
+    batch = md.training_batch(config, encoded, models[0], torch.Generator().manual_seed(1), drop=0.0)
+    for i in range(8):
+        still = batch.condition.F[i].abs().max() == 0
+        source = expected if still else encoded
+        for part, names in ((batch.x0, config.predict), (batch.condition.given, config.given)):
+            for k, name in enumerate(names):
+                found = part[i, :, 4 * k : 4 * k + 4]
+                torch.testing.assert_close(found, source[f"latents.{name}"][i], rtol=1e-4, atol=1e-4)
+        counted += still
+    assert 0 < counted < 8
+
+
 def test_training_batch_drops_each_part_by_itself(models):
     vae, tower = models
     one = md.encode_clips(stacked_clips(5), vae, tower)
