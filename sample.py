@@ -236,7 +236,8 @@ def pictures_of(motion: Motion, inputs: Inputs) -> dict[str, np.ndarray]:
     """What there is of flow, segmentation and depth, as uint8 [T, H, W, 3] for people to look at."""
     pictures = {}
     if motion.flow is not None:
-        pictures["flow"] = flow_to_rgb(motion.flow[0])
+        longest = motion.flow[0].norm(dim=1).max().item()
+        pictures["flow"] = flow_to_rgb(motion.flow[0], max(1.0, longest))  # less than a pixel a frame stays pale
     if motion.segmentation is not None:
         first = inputs.ids[None] if inputs.ids.any() else motion.segmentation[:, 0]
         pictures["segmentation"] = to_uint8(render("segmentation", motion.segmentation, first)[0])
