@@ -84,7 +84,7 @@ class StageConfig:
     sigma_max: float = 700.0  # where sampling starts
     latent_channels: int = 4
     vae_factor: int = 8  # f: the scales of Eq. 6 are f, 2f, 4f, 8f (times patch)
-    patch: int = 1  # the UNet takes patch x patch latents as one cell: small models from nothing are 4 times as fast
+    patch: int = 1  # the UNet takes patch x patch latents as one cell: a quarter of the arithmetic
     frames: int = 14  # what the stage was trained on; sample.py's defaults
     width: int = 512
     height: int = 320
