@@ -48,11 +48,8 @@ from motion_dreamer import (
     Motion,
     MotionDreamer,
     StageConfig,
-    decode,
     dream,
-    encode,
-    render,
-    unrender,
+    round_trip,
 )
 from svd import VAE, ImageEncoder, save_safetensors
 from trackers import Pips, chain_flow, lucas_kanade
@@ -239,7 +236,7 @@ class Sampler:
         for name in ("rgb", "flow", "segmentation", "depth") if push == "arrow" else ("flow",):
             value = stacked(scenes, push, name)
             first = value[:, 0] if name in ("segmentation", "depth") else None
-            maps[name] = unrender(name, decode(vae, encode(vae, render(name, value, first))), first)
+            maps[name] = round_trip(vae, name, value, first)
         return maps
 
 

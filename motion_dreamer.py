@@ -216,6 +216,11 @@ def decode(vae: VAE, latents: Tensor, chunk: int | None = None) -> Tensor:
     return vae.decode(latents / vae.scaling_factor, chunk)
 
 
+def round_trip(vae: VAE, modality: str, value: Tensor, first: Tensor | None = None) -> Tensor:
+    """A modality [B, T, ...] through the VAE and back: no stage that uses this VAE can do better."""
+    return unrender(modality, decode(vae, encode(vae, render(modality, value, first))), first)
+
+
 # ----------------------------------------------------------------------------------------------- conditions and batches
 
 

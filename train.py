@@ -47,14 +47,12 @@ from motion_dreamer import (
     Motion,
     MotionDreamer,
     StageConfig,
-    decode,
     dream,
-    encode,
     encode_clips,
     moves_at_once,
     render,
+    round_trip,
     training_batch,
-    unrender,
 )
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig, save_safetensors
 
@@ -285,8 +283,7 @@ def reproduce(
     clip = {name: value[None].to(next(vae.parameters()).device) for name, value in clip.items()}
     first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:, 0], "depth": clip["depth"][:, 0]}
     if isinstance(trained, VAE):
-        rendered = {name: render(name, clip[name], first[name]) for name in first}
-        made = {n: unrender(n, decode(vae, encode(vae, picture)), first[n]) for n, picture in rendered.items()}
+        made = {name: round_trip(vae, name, clip[name], first[name]) for name in first}
     else:
         F = instance_flow(clip["flow"], clip["segmentation"])
         F = F * moves_at_once(instance_flow(clip["flow"][:, :1], clip["segmentation"][:, :1]))
@@ -498,7 +495,8 @@ def train(arguments: argparse.Namespace) -> None:
         found = {f"val_{key}": value / min(64, len(encoded_val)) for key, value in sums.items()}
         clips = [validation[(i, 0)] for i in range(min(arguments.val_samples, len(validation)))]
         rows = [sample_figures(sampled(clip), clip) for clip in clips]
-        return found | {f"val_{key}": figure["value"] for key, figure in metrics.summarise(rows).items()}
+        figures = {f"val_{key}": figure["value"] for key, figure in metrics.summarise(rows).items()} if rows else {}
+        return found | {key: value for key, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
 
     def sampled(clip: metrics.Maps) -> metrics.Maps:
         made = reproduce(ema, ema if is_vae else vae, image_encoder, clip)

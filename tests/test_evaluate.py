@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sensitivity import blurred, degraded
 from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import evaluate
@@ -179,19 +180,13 @@ def test_truth_scores_full_marks_and_nothing_moves_does_not(clips, tmp_path):
     assert value(wrong["standing"]) == 1
 
 
-def blurred(video):
-    return torch.nn.functional.avg_pool2d(video, 5, 1, 2, count_include_pad=False)
-
-
 def test_worse_video_gets_worse_figures(clips):
     clip = clips[0]
     true = clip.truth["arrow"]
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    delay = (torch.arange(16) - 3).clamp(min=0)
     right = metrics.physics_figures({"arrow": true}, clip)
-    worse = {"shuffled": {k: v[order] if v.ndim > 2 else v for k, v in true.items()}, "frozen": frozen(true)}
-    worse["delayed"] = {k: v[delay] if v.ndim > 2 else v for k, v in true.items()}
-    worse["blurred"] = true | {"flow": blurred(true["flow"]), "depth": blurred(true["depth"][:, None])[:, 0]}
+    worse = degraded(true)
+    del worse["as it is"]
+    assert len(worse) == 4
     for how, maps in worse.items():
         found = metrics.physics_figures({"arrow": maps}, clip)
         less = ("epe_moving", "epe_relative", "depth_absrel_objects")
