@@ -156,12 +156,14 @@ def flow_to_picture(flow: Tensor) -> Tensor:
 
 
 def picture_to_flow(picture: Tensor) -> Tensor:
-    """[..., 3, H, W] -> [..., 2, H, W]: direction from (u, v), length the mean of theirs and of the third channel's."""
+    """[..., 3, H, W] -> [..., 2, H, W]: direction from (u, v), length the geometric mean of theirs and of the third
+    channel's, which is small where either is: noise in a picture of no motion stays below it.
+    """
     squash = math.asinh(FLOW_RANGE)
     flow = (picture[..., :2, :, :] * squash).sinh()
     length = flow.norm(dim=-3, keepdim=True)
     magnitude = ((picture[..., 2:, :, :] + 1) / 2 * squash).sinh().clamp(min=0)
-    return flow * ((length + magnitude) / (2 * length.clamp(min=1e-6)))
+    return flow * (magnitude / length.clamp(min=1e-6)).sqrt()
 
 
 def _palette() -> Tensor:

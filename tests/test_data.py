@@ -109,6 +109,22 @@ def test_flow_codec_is_invertible():
     torch.testing.assert_close(picture[0, 1, :, 2, 3], torch.tensor(expected))
 
 
+def test_flow_that_two_channels_tell_apart_has_the_geometric_mean_of_their_lengths():
+    flow = torch.tensor([3.0, 4.0]).view(2, 1, 1)  # 5 pixels
+    picture = data.flow_to_picture(flow)
+    picture[2] = data.flow_to_picture(4 * flow)[2]  # says 20
+    torch.testing.assert_close(data.picture_to_flow(picture), 2 * flow)
+    picture[2] = -1.1  # says less than nothing
+    assert data.picture_to_flow(picture).eq(0).all()
+
+
+def test_noise_in_a_picture_of_no_motion_is_next_to_no_motion():
+    still = data.flow_to_picture(torch.zeros(2, 50, 50))
+    picture = still + 0.005 * torch.randn(still.shape, generator=torch.Generator().manual_seed(0))
+    direction = (picture[:2] * math.asinh(data.FLOW_RANGE)).sinh().norm(dim=0).mean()  # 0.03 pixels
+    assert data.picture_to_flow(picture).norm(dim=0).mean() < direction / 2
+
+
 def test_flow_within_range_stays_within_the_picture():
     angle = torch.linspace(0, 6.3, 50)
     flow = data.FLOW_RANGE * torch.stack([angle.cos(), angle.sin()])[..., None]
