@@ -8,8 +8,8 @@ A figure never stands alone. Beside the model's stand those of "still" (nothing 
 first frame repeated, flow 0), of "codec" (the truth through the VAE and back: no model with this VAE can do better)
 and of "truth" (what the measure itself says of perfect motion). Brackets are 95 % bootstrap intervals over clips.
 
-The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the mean flow of the object
-that was pushed. The clips' own truth comes from simulate.py, which also says what another push would have done.
+The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the instance flow of the
+object that was pushed. The clips' own truth comes from simulate.py, which also says what another push would have done.
 
 The measures themselves are in metrics.py. `Maps` are flow [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb
 [T, 3, H, W] of one clip, by the names of `data.Clip.tensors`.
@@ -163,13 +163,13 @@ class Model:
 
 
 def arrow_flow(maps: Maps, pushed: int, config: StageConfig) -> Tensor:
-    """The one arrow that is given, as F [2, H, W]: mean flow of the pushed object; for a stage that is controlled by
+    """The one arrow that is given, as F [2, H, W]: instance flow of the pushed object; for a stage that is controlled by
     sparse flow, eight of that object's vectors."""
     flow, ids = maps["flow"], maps["segmentation"]
     mask = (ids == pushed) & (pushed > 0)
     if config.control == "sparse_flow":
         return sparse_flow(flow * mask[:, None], ids[0], 8, torch.Generator().manual_seed(0))
-    return instance_flow(flow, ids if config.reduce == "instance" else ids[0], config.reduce) * mask[0]
+    return instance_flow(flow, ids[0] if config.reduce == "pixel" else ids, config.reduce) * mask[0]
 
 
 def stacked(scenes: list[Scene], kind: str, name: str) -> Tensor:
@@ -505,6 +505,7 @@ def train_row(row: str, arguments: argparse.Namespace) -> Path:
         train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
     for part in ("vae", "image_encoder"):
         shutil.copytree(Path(arguments.codec or base) / part, folder / part, dirs_exist_ok=True)
+    told += ["--precision", arguments.precision] if arguments.precision else []
     told += ["--val", arguments.val, *(["--set", *arguments.set] if arguments.set else [])]
     if row == "one_stage":
         train(folder, "one", told, arguments.quiet)
@@ -585,6 +586,7 @@ def parse_arguments() -> argparse.Namespace:
     rows.add_argument("--steps", type=int, default=3000, help="of training, for each stage")
     rows.add_argument("--train-batch", type=int, default=8, help="clips a step")
     rows.add_argument("--preset", default="tiny")
+    rows.add_argument("--precision", choices=("fp32", "bf16"), help="of training; default: that of train.py")
     rows.add_argument("--codec", metavar="DIR", help="VAE and image tower of this model folder; else they are trained")
     rows.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StageConfig, in all rows")
     rows.add_argument("--runs", default="runs/table", metavar="DIR", help="where its models are kept")

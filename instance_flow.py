@@ -74,10 +74,14 @@ def instance_flow(flow: Tensor, segmentation: Tensor, reduce: str = "instance") 
     in each frame, then over the frames that show the object. All frames weigh the same, as in Eq. 2, so that the
     result is displacement per step, which is what an arrow says, also of an object that shrinks or is half hidden.
     reduce="pixel" (Eq. 2 read literally): each pixel of the first-frame mask keeps its own mean over time.
+    reduce="start" (not in the paper): as "instance", of the first step alone. It says how an object was pushed, not
+    what came of it: a domino that has fallen has gone the same way whether slowly or fast.
     """
-    if reduce not in ("instance", "pixel"):
-        raise ValueError(f"reduce is {reduce!r}, expected 'instance' or 'pixel'")
+    if reduce not in ("instance", "pixel", "start"):
+        raise ValueError(f"reduce is {reduce!r}, expected 'instance', 'pixel' or 'start'")
     batched, ids = _batched(flow, segmentation)
+    if reduce == "start":
+        batched, ids = batched[:, :1], ids[:, :1]
     first = ids[:, 0].unsqueeze(1)  # [B, 1, H, W]
     if reduce == "pixel":
         F = batched.mean(dim=1, dtype=torch.float64)

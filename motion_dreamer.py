@@ -68,7 +68,7 @@ class StageConfig:
     first_frame: tuple[str, ...] = ("rgb", "segmentation", "depth")  # latents of frame 0 that are known
     parameterization: str = "x0"  # "x0" (Eq. 5, Stage I) or "v" (Stage II)
     control: str = "instance_flow"  # "instance_flow", "sparse_flow" (Table 3, as in MOFA-Video) or "none"
-    reduce: str = "instance"  # Eq. 2: mean over the object ("instance") or per-pixel time average ("pixel")
+    reduce: str = "instance"  # Eq. 2: an object's mean ("instance"), each pixel's ("pixel"), the first step's ("start")
     mask_unit: str = "instance"  # Eq. 9 per "instance", "pixel" or (literally) "element"
     mask_ratio: float = 0.5  # p of Eq. 9
     mask_keep_one: bool = True  # never hide the last moving object: no arrow at all then means that nothing moves
@@ -94,7 +94,7 @@ class StageConfig:
         choices = {
             "parameterization": ("x0", "v"),
             "control": ("instance_flow", "sparse_flow", "none"),
-            "reduce": ("instance", "pixel"),
+            "reduce": ("instance", "pixel", "start"),
             "mask_unit": ("instance", "pixel", "element"),
             "splat_time": ("linear", "constant"),
         }
@@ -266,7 +266,7 @@ def encode_clips(clips: dict[str, Tensor], vae: VAE, image_encoder: ImageEncoder
         "first_pictures": torch.cat([pictures[name][:, 0] for name in ("rgb", "segmentation", "depth")], dim=1),
         "token": image_encoder(clips["rgb"][:, 0]),
         "F.instance": instance_flow(clips["flow"], clips["segmentation"]),
-        "F.start": instance_flow(clips["flow"][:, :1], clips["segmentation"][:, :1]),
+        "F.start": instance_flow(clips["flow"], clips["segmentation"], reduce="start"),
         "F.pixel": instance_flow(clips["flow"], clips["segmentation"][:, 0], reduce="pixel"),
         "F.sparse": sparse_flow(clips["flow"], clips["segmentation"][:, 0], points=8, generator=sparse),
         "segmentation": first["segmentation"],
@@ -314,14 +314,14 @@ def training_batch(
         first[name] = encoded[f"latents.{name}"][:, 0] / vae.scaling_factor * kept
         pictures.append(picture * kept)
     F = encoded["F.sparse" if config.control == "sparse_flow" else f"F.{config.reduce}"]
+    pushed = F * moves_at_once(encoded["F.start"])
     if config.control == "instance_flow":
-        pushed = F * moves_at_once(encoded["F.start"])
         F, _ = random_mask(
             F, config.mask_ratio, config.mask_unit, encoded["segmentation"], generator, keep_one=config.mask_keep_one
         )
-        if config.mask_start > 0:
-            shown = torch.rand(batch, generator=generator) < config.mask_start
-            F = torch.where(shown.view(-1, 1, 1, 1).to(device), pushed, F)
+    if config.mask_start > 0:
+        shown = torch.rand(batch, generator=generator) < config.mask_start
+        F = torch.where(shown.view(-1, 1, 1, 1).to(device), pushed, F)
     latents = {name: encoded[f"latents.{name}"] for name in (*config.predict, *config.given)}
     if config.still_ratio > 0:
         still = (torch.rand(batch, generator=generator) < config.still_ratio).view(-1, 1, 1, 1).to(device)

@@ -285,8 +285,9 @@ def reproduce(
     if isinstance(trained, VAE):
         made = {name: round_trip(vae, name, clip[name], first[name]) for name in first}
     else:
-        F = instance_flow(clip["flow"], clip["segmentation"])
-        F = F * moves_at_once(instance_flow(clip["flow"][:, :1], clip["segmentation"][:, :1]))
+        reduce = "start" if trained.config.reduce == "start" else "instance"
+        F = instance_flow(clip["flow"], clip["segmentation"], reduce)
+        F = F * moves_at_once(instance_flow(clip["flow"], clip["segmentation"], reduce="start"))
         stages = (None, trained) if trained.config.predict == ("rgb",) else (trained, None)
         motion, video = dream(
             *stages, vae, image_encoder, clip["rgb"][:, 0], first["segmentation"], first["depth"], F, clip["camera"],

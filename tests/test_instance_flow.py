@@ -90,6 +90,15 @@ def test_instance_flow_per_pixel_is_eq_2_literally():
     torch.testing.assert_close(instance_flow(flow, ids[:, 0], reduce="pixel"), F)
 
 
+@pytest.mark.parametrize("all_frames", [False, True])
+def test_instance_flow_of_the_start_is_the_loop_over_one_frame(all_frames):
+    flow, ids = random_clip(4)
+    expected = torch.stack([loop_instance_flow(f[:1], s[:1]) for f, s in zip(flow, ids, strict=True)])
+    F = instance_flow(flow, ids if all_frames else ids[:, 0], reduce="start")
+    torch.testing.assert_close(F, expected)
+    assert not torch.allclose(F, instance_flow(flow, ids))
+
+
 def test_instance_flow_is_displacement_per_step_whatever_is_visible():
     """An object moves 1, then 3 pixels, and only a quarter of it is seen in the second frame: 2 pixels per step."""
     ids = torch.zeros(2, 4, 4, dtype=torch.long)

@@ -384,18 +384,19 @@ def test_what_moves_at_once_is_what_is_half_as_fast_as_the_fastest():
     assert md.moves_at_once(start)[:, 0, 0].int().tolist() == expected
 
 
-def test_some_clips_show_the_arrows_of_what_was_pushed(models):
+@pytest.mark.parametrize("control, name", [("instance_flow", "F.instance"), ("sparse_flow", "F.sparse")])
+def test_some_clips_show_the_arrows_of_what_was_pushed(models, control, name):
     encoded = md.encode_clips(stacked_clips(*range(8)), *models)
-    encoded["F.instance"] = torch.rand_like(encoded["F.instance"]) + 0.5
+    encoded[name] = torch.rand_like(encoded[name]) + 0.5
     encoded["F.start"] = (encoded["segmentation"] == 2)[:, None].float().expand(-1, 2, -1, -1)
     told = (encoded, models[0])
     for share in (0.0, 0.5, 1.0):
-        config, count = replace(STAGE1, **SMALL, mask_ratio=0.0, mask_start=share), 0
+        config, count = replace(STAGE1, **SMALL, control=control, mask_ratio=0.0, mask_start=share), 0
         for seed in range(20):
             F = md.training_batch(config, *told, torch.Generator().manual_seed(seed), drop=0.0).condition.F
-            pushed = encoded["F.instance"] * encoded["F.start"]
+            pushed = encoded[name] * encoded["F.start"]
             shown = [torch.equal(F[i], pushed[i]) for i in range(8)]
-            others = [torch.equal(F[i], encoded["F.instance"][i]) for i in range(8)]
+            others = [torch.equal(F[i], encoded[name][i]) for i in range(8)]
             assert all(a != b for a, b in zip(shown, others, strict=True))  # one or the other
             count += sum(shown)
         assert count == 160 * share or (share == 0.5 and 55 < count < 105)  # 80 +- 4 standard deviations
