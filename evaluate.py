@@ -506,7 +506,8 @@ def train_row(row: str, arguments: argparse.Namespace) -> Path:
     for part in ("vae", "image_encoder"):
         shutil.copytree(Path(arguments.codec or base) / part, folder / part, dirs_exist_ok=True)
     told += ["--precision", arguments.precision] if arguments.precision else []
-    told += ["--val", arguments.val, *(["--set", *arguments.set] if arguments.set else [])]
+    told += ["--val", arguments.val, "--val-every", str(arguments.steps)]
+    told += ["--set", *arguments.set] if arguments.set else []
     if row == "one_stage":
         train(folder, "one", told, arguments.quiet)
         return folder

@@ -78,6 +78,7 @@ class StageConfig:
     show_flow: bool = False  # C^(s) sees F too, not only I_0, S_0, D_0
     motion_weight: float = 1.0  # lambda of Algorithm 1
     motion_threshold: float = 0.1  # tau of Eq. 11, pixels per frame step
+    predict_change: bool = False  # the network denoises the change since frame 0 (where that is known), not x_0 itself
     keep_first_frame: bool = True  # I_0, S_0, D_0 are known: the sampler puts them back instead of sampling them
     sigma_mean: float = 0.7  # ln sigma ~ N(sigma_mean, sigma_std^2) in training
     sigma_std: float = 1.6
@@ -240,7 +241,7 @@ class Condition:
     def without_image(self) -> Condition:
         """The unconditional half of classifier-free guidance: no image token, no first-frame latents (as SVD)."""
         zeros = {name: torch.zeros_like(getattr(self, name)) for name in ("token", "first_latents")}
-        return replace(self, **zeros)
+        return replace(self, **zeros, known=torch.full_like(self.known, math.nan))
 
 
 @dataclass
@@ -308,11 +309,13 @@ def training_batch(
     noise_aug = (torch.randn(batch, generator=generator) * 0.5 - 3).exp().to(device)  # around SVD's 0.02 .. 0.1
     noise = torch.randn(rgb.shape, generator=generator).to(device)
     first = {"rgb": vae.encode(rgb + noise_aug.view(-1, 1, 1, 1) * noise)}
-    pictures, image_kept = [rgb], keep()
+    pictures, image_kept = [rgb], keep().view(-1, 1, 1, 1)
+    known = {"rgb": image_kept, "flow": 0 * image_kept}
     for name, picture in zip(("segmentation", "depth"), maps, strict=True):
         kept = keep().view(-1, 1, 1, 1)
         first[name] = encoded[f"latents.{name}"][:, 0] / vae.scaling_factor * kept
         pictures.append(picture * kept)
+        known[name] = kept * image_kept
     F = encoded["F.sparse" if config.control == "sparse_flow" else f"F.{config.reduce}"]
     pushed = F * moves_at_once(encoded["F.start"])
     if config.control == "instance_flow":
@@ -330,10 +333,10 @@ def training_batch(
     x0 = torch.cat([latents[name] for name in config.predict], dim=2)
     condition = Condition(
         first_pictures=torch.cat(pictures, dim=1),
-        first_latents=torch.cat([first[name] for name in config.first_frame], dim=1) * image_kept.view(-1, 1, 1, 1),
-        known=torch.full_like(x0[:, 0], math.nan),  # only the sampler uses it
+        first_latents=torch.cat([first[name] for name in config.first_frame], dim=1) * image_kept,
+        known=torch.cat([latents[n][:, 0].where(known[n] > 0, math.nan) for n in config.predict], dim=1),
         given=torch.cat([x0[:, :, :0], *(latents[name] for name in config.given)], dim=2),
-        token=encoded["token"] * image_kept.view(-1, 1, 1),
+        token=encoded["token"] * image_kept[:, 0],
         added_ids=torch.stack([encoded["fps"] - 1, encoded["motion_bucket"], noise_aug], dim=1),
         F=F,
         camera=encoded["camera"],
@@ -513,10 +516,12 @@ class MotionDreamer(nn.Module):
         c_skip, c_out, c_in, c_noise, _ = precondition(sigma.float(), self.config.parameterization)
         c_skip, c_out, c_in = (c.view(-1, 1, 1, 1, 1) for c in (c_skip, c_out, c_in))
         first = repeat(cond.first_latents, "b c h w -> b t c h w", t=frames)
+        start = cond.known.nan_to_num()[:, None] if self.config.predict_change else 0
+        x = x - start
         stacked = torch.cat([c_in * x, first, cond.given], dim=2)
         cells = nnf.pixel_unshuffle(stacked, self.config.patch)  # [B, T, in_channels, h / patch, w / patch]
         F_x = self.unet(cells, c_noise, context, cond.added_ids, residuals=warped, temporal_query=queries)
-        return c_skip * x + c_out * nnf.pixel_shuffle(F_x.float(), self.config.patch)
+        return start + c_skip * x + c_out * nnf.pixel_shuffle(F_x.float(), self.config.patch)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """L = L_recon + lambda L_motion (Algorithm 1, line 6), both per sample, plus the error of each modality.

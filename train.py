@@ -85,13 +85,13 @@ PRESETS = {
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64,
             patch_size=16, projection_dim=128,
         ),
-        "stage1": small_unet((64, 96, 144), 4, 128, 64),
-        "stage2": small_unet((64, 64, 96), 4, 128, 64),  # painting is easier than reasoning
+        "stage1": small_unet((112, 96, 144), 4, 128, 64),  # the first level takes and gives 96 to 192 channels a cell
+        "stage2": small_unet((96, 64, 48), 4, 128, 64),  # painting is local: wide where the cells are fine
         "patch": 2,
     },
     "table": {  # the rows of evaluate.py's tables, which share the demo model's VAE: minutes a stage
-        "stage1": small_unet((32, 64, 96), 2, 128, 64),
-        "stage2": small_unet((32, 64, 96), 2, 128, 64),
+        "stage1": small_unet((64, 48, 48), 2, 128, 64),
+        "stage2": small_unet((64, 48, 48), 2, 128, 64),
         "patch": 2,
     },
 }  # fmt: skip

@@ -18,16 +18,17 @@ from instance_flow import instance_flow  # noqa: E402
 from simulate import simulate  # noqa: E402
 
 SEED = 1000001  # training ends below 1000000
+REACH = 5  # frame steps that an arrow spans at the speed of the push
 
 
 def arrow(clip: Clip) -> dict:
-    """From the middle of the pushed thing, by its mean flow over all frames: where it should be at the end."""
+    """From the middle of the pushed thing, by its mean flow in the first step: how the demo model is told of a push."""
     tensors, pushed = clip.tensors(), clip.meta["pushed"]
-    flow = instance_flow(tensors["flow"], tensors["segmentation"])
+    flow = instance_flow(tensors["flow"], tensors["segmentation"], reduce="start")
     y, x = np.nonzero(clip.segmentation[0] == pushed)
     nearest = np.argmin((x - x.mean()) ** 2 + (y - y.mean()) ** 2)
     start = [int(x[nearest]), int(y[nearest])]
-    step = flow[:, start[1], start[0]] * (len(clip.rgb) - 1)
+    step = flow[:, start[1], start[0]] * REACH
     return {"start": start, "end": [round(start[0] + step[0].item(), 1), round(start[1] + step[1].item(), 1)]}
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     Image.fromarray((clip.depth[0] * 1000).astype(np.uint16)).save(HERE / "depth.png")
     files = {"arrows": [arrow(clip)], "arrows_opposite": [arrow(opposite)], "arrows_none": []}
     for name, arrows in files.items():
-        text = json.dumps({"arrows": arrows, "segmentation": "ids.png", "depth": "depth.png"})
+        text = json.dumps({"arrows": arrows, "segmentation": "ids.png", "depth": "depth.png", "delta": 1 / REACH})
         (HERE / f"{name}.json").write_text(text + "\n")
 
 

@@ -236,6 +236,21 @@ def test_oracle_through_denoise_loss_and_sampler(config):
         torch.testing.assert_close(sampled, x0, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("config", [STAGE1, STAGE2], ids=["x0", "v"])
+def test_predicting_the_change_is_denoising_without_what_frame_0_shows(config):
+    config = replace(config, **SMALL)
+    plain, change = tiny_stage(config), tiny_stage(replace(config, predict_change=True))
+    cond = random_condition(config)
+    cond.known[:, -4:] = torch.randn(2, 4, 5, 7)  # of the other modalities, frame 0 is not known
+    start = torch.cat([torch.zeros(2, config.out_channels - 4, 5, 7), cond.known[:, -4:]], dim=1)[:, None]
+    x, sigma = torch.randn(2, 3, config.out_channels, 5, 7), torch.tensor([0.3, 20.0])
+    expected = start + plain.denoise(x - start, sigma, cond)
+    torch.testing.assert_close(change.denoise(x, sigma, cond), expected)
+    assert not torch.allclose(plain.denoise(x, sigma, cond), expected, atol=1e-2)
+    free = cond.without_image()  # guidance: the unconditional half does not know frame 0
+    torch.testing.assert_close(change.denoise(x, sigma, free), plain.denoise(x, sigma, free))
+
+
 def test_motion_loss_is_the_error_where_the_masked_flow_moves():
     config = replace(STAGE1, **SMALL, motion_weight=3.0, motion_threshold=0.5)
     cond, x0 = random_condition(config), torch.randn(2, 3, 12, 5, 7)
@@ -369,9 +384,7 @@ def test_training_and_sampling_see_the_same_condition(models, monkeypatch):
         for name in ("first_pictures", "first_latents", "given", "token", "added_ids", "F", "camera"):
             a, b = getattr(batch.condition, name), getattr(cond, name)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-        first = batch.x0[:, 0]
-        expected = torch.where(cond.known.isnan(), first, cond.known)
-        torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batch.condition.known, cond.known, rtol=1e-4, atol=1e-4, equal_nan=True)
         unknown = cond.known.isnan().all(dim=3).all(dim=2).all(dim=0)  # of frame 0, only the flow
         assert unknown.sum() == config.latent_channels * ("flow" in config.predict)
 
@@ -440,6 +453,8 @@ def test_training_batch_drops_each_part_by_itself(models):
     latents = cond.first_latents.view(400, 3, 4, 8, 12)
     assert torch.equal((latents[:, 0] == 0).all((1, 2, 3)), no_image)
     assert torch.equal((latents[:, 1] == 0).all((1, 2, 3)), no_ids | no_image)
+    unknown = cond.known.view(400, 3, -1).isnan().all(dim=2)  # flow, segmentation, depth
+    assert torch.equal(unknown, torch.stack([no_ids | True, no_ids | no_image, no_depth | no_image], dim=1))
     noise = cond.added_ids[:, 2]
     assert noise.min() > 0 and noise.log().std().item() == pytest.approx(0.5, abs=0.06)
     again = md.training_batch(config, encoded, vae, torch.Generator().manual_seed(0), drop=0.25)
