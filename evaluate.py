@@ -163,8 +163,8 @@ class Model:
 
 
 def arrow_flow(maps: Maps, pushed: int, config: StageConfig) -> Tensor:
-    """The one arrow that is given, as F [2, H, W]: instance flow of the pushed object; for a stage that is controlled by
-    sparse flow, eight of that object's vectors."""
+    """The one arrow that is given, as F [2, H, W]: instance flow of the pushed object; for a stage that is controlled
+    by sparse flow, eight of that object's vectors."""
     flow, ids = maps["flow"], maps["segmentation"]
     mask = (ids == pushed) & (pushed > 0)
     if config.control == "sparse_flow":
