@@ -189,8 +189,10 @@ class Sampler:
         """Maps of every scene. kind: a push ("arrow", "opposite", "stronger", "none": Stage I), "rgb" and "rgb_own"
         (Stage II, given true motion or Stage I's), "codec/" and a push (the truth through the VAE and back)."""
         files = [(scene.path.name, scene.path.stat().st_size, scene.path.stat().st_mtime_ns) for scene in scenes]
-        told = json.dumps([self.weights, self.settings, seed, files])
-        folder = self.cache / hashlib.sha256(told.encode()).hexdigest()[:16]
+        told = [self.weights, self.settings, seed, files]
+        if kind.startswith("codec/"):  # all that matters is the VAE
+            told = [fingerprint(self.model.vae), files]
+        folder = self.cache / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         path = folder / f"{kind.replace('/', '_')}.safetensors"
         if not path.exists():
             maps = self.codec(scenes, kind[6:]) if kind.startswith("codec/") else self.sample(scenes, kind, seed)
