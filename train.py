@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import metrics
 from data import ClipDataset, ResumableSampler
-from instance_flow import instance_flow
+from instance_flow import instance_flow, sparse_flow
 from motion_dreamer import (
     ABLATIONS,
     ONE_STAGE,
@@ -285,9 +285,12 @@ def reproduce(
     if isinstance(trained, VAE):
         made = {name: round_trip(vae, name, clip[name], first[name]) for name in first}
     else:
-        reduce = "start" if trained.config.reduce == "start" else "instance"
-        F = instance_flow(clip["flow"], clip["segmentation"], reduce)
-        F = F * moves_at_once(instance_flow(clip["flow"], clip["segmentation"], reduce="start"))
+        maps, config = (clip["flow"], clip["segmentation"]), trained.config
+        if config.control == "sparse_flow":
+            F = sparse_flow(*maps, points=8, generator=torch.Generator().manual_seed(0))
+        else:
+            F = instance_flow(*maps, config.reduce)
+        F = F * moves_at_once(instance_flow(*maps, reduce="start"))
         stages = (None, trained) if trained.config.predict == ("rgb",) else (trained, None)
         motion, video = dream(
             *stages, vae, image_encoder, clip["rgb"][:, 0], first["segmentation"], first["depth"], F, clip["camera"],
