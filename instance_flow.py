@@ -22,6 +22,7 @@ import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -617,7 +618,7 @@ def _wheel() -> np.ndarray:
     Optical Flow, 2011): red, yellow, green, cyan, blue, magenta, with more steps where the eye sees more."""
     corners = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]]) * 255.0
     counts = (15, 6, 4, 11, 13, 6)
-    parts = [a + (b - a) * (np.arange(n) / n)[:, None] for a, b, n in zip(corners, corners[1:], counts, strict=False)]
+    parts = [a + (b - a) * (np.arange(n) / n)[:, None] for (a, b), n in zip(pairwise(corners), counts, strict=True)]
     return np.concatenate(parts).astype(np.float32)
 
 

@@ -32,6 +32,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -414,8 +415,7 @@ class FlowControl(nn.Module):
             stem += [nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, stride=2, padding=1)]
         self.stem = nn.Sequential(*stem)
         self.down = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Conv2d(a, b, 3, stride=2, padding=1))
-            for a, b in zip(widths, widths[1:], strict=False)
+            nn.Sequential(nn.SiLU(), nn.Conv2d(a, b, 3, stride=2, padding=1)) for a, b in pairwise(widths)
         )
         self.features = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, channels, strict=True))
         self.metrics = nn.ModuleList(nn.Conv2d(a, 1, 1) for a in widths)

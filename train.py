@@ -85,7 +85,7 @@ PRESETS = {
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64,
             patch_size=16, projection_dim=128,
         ),
-        "stage1": small_unet((112, 96, 144), 4, 128, 64),  # the first level takes and gives 96 to 192 channels a cell
+        "stage1": small_unet((112, 96, 144), 4, 128, 64),  # the first level takes 192 channels a cell, gives 96
         "stage2": small_unet((96, 64, 48), 4, 128, 64),  # painting is local: wide where the cells are fine
         "patch": 2,
     },

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -286,7 +287,7 @@ def test_dataset_names_the_clip_that_does_not_fit(tmp_path):
 
 
 def take(sampler: ResumableSampler, count: int) -> list:
-    return [pair for pair, _ in zip(sampler, range(count), strict=False)]
+    return list(islice(sampler, count))
 
 
 def test_sampler_visits_every_clip_once_an_epoch_and_resumes():

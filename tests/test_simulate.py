@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_a_wide_gap_stops_the_chain_and_a_bridgeable_one_does_not():
         row = (np.argsort(position) + 1).tolist()  # ids from one end to the other
         ahead = row[row.index(meta["pushed"]) :] if meta["side"] > 0 else row[: row.index(meta["pushed"]) + 1][::-1]
         reached = [ahead[0]]
-        for a, b in zip(ahead, ahead[1:], strict=False):
+        for a, b in pairwise(ahead):
             if abs(position[b - 1] - position[a - 1]) > 1.25 * meta["height"]:
                 stopped += 1
                 break
