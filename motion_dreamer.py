@@ -80,6 +80,7 @@ class StageConfig:
     motion_weight: float = 1.0  # lambda of Algorithm 1
     motion_threshold: float = 0.1  # tau of Eq. 11, pixels per frame step
     predict_change: bool = False  # the network denoises the change since frame 0 (where that is known), not x_0 itself
+    draft: bool = False  # Stage II sees and corrects a draft of every frame (`draft_video`), instead of I_0 alone
     keep_first_frame: bool = True  # I_0, S_0, D_0 are known: the sampler puts them back instead of sampling them
     sigma_mean: float = 0.7  # ln sigma ~ N(sigma_mean, sigma_std^2) in training
     sigma_std: float = 1.6
@@ -103,6 +104,8 @@ class StageConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.draft and not (self.predict == self.first_frame == ("rgb",) and "segmentation" in self.given):
+            raise ValueError("draft is True, but only a Stage II that is given the segmentation can have one")
 
     @property
     def cell(self) -> int:
@@ -207,6 +210,23 @@ def unrender(modality: str, pictures: Tensor, first: Tensor | None = None) -> Te
     return torch.stack([codec(p, f) for p, f in zip(pictures, firsts, strict=True)])
 
 
+def draft_video(image: Tensor, segmentation: Tensor) -> Tensor:
+    """I_0 [B, 3, H, W] and S_t [B, T, H, W] -> [B, T, 3, H, W]: I_0, on which whatever pixel has come to another object
+    has the mean colour that this object has in I_0. Not in the paper; a small Stage II need only correct it.
+
+    An object that I_0 does not show gets the mean colour of the background.
+    """
+    ids, first = segmentation.flatten(1), segmentation[:, 0].flatten(1)
+    count = int(segmentation.max()) + 1
+    member = nnf.one_hot(first, count).to(image)  # [B, H W, ids]
+    size = member.sum(dim=1)[:, None]
+    mean = image.flatten(2) @ member / size.clamp(min=1)  # [B, 3, ids]
+    mean = torch.where(size > 0, mean, mean[:, :, :1])
+    painted = mean.gather(2, ids[:, None].expand(-1, 3, -1)).view(len(image), 3, *segmentation.shape[1:])
+    stays = (segmentation == segmentation[:, :1])[:, None]
+    return rearrange(torch.where(stays, image[:, :, None], painted), "b c t h w -> b t c h w")
+
+
 def encode(vae: VAE, pictures: Tensor) -> Tensor:
     """[B, T, 3, H, W] -> latents [B, T, C, h, w] of unit size: scaled here and in `decode`, nowhere else."""
     latents = vae.encode(rearrange(pictures, "b t c h w -> (b t) c h w"))
@@ -234,6 +254,7 @@ class Condition:
     first_latents: Tensor  # [B, C n, h, w]       the VAE's posterior modes of `first_frame`, not scaled (as in SVD)
     known: Tensor  # [B, C p, h, w]               scaled latents of frame 0 of what is predicted; NaN where not known
     given: Tensor  # [B, T, C g, h, w]            scaled latents of every frame (Stage II: R_t)
+    draft: Tensor  # [B, T, C, h, w]              scaled latents of `draft_video`; C is 0 without
     token: Tensor  # [B, 1, D]                    CLIP image token
     added_ids: Tensor  # [B, 3]                   fps - 1, motion bucket, noise augmentation
     F: Tensor  # [B, 2, H, W]                     instance flow, masked or from arrows
@@ -241,7 +262,7 @@ class Condition:
 
     def without_image(self) -> Condition:
         """The unconditional half of classifier-free guidance: no image token, no first-frame latents (as SVD)."""
-        zeros = {name: torch.zeros_like(getattr(self, name)) for name in ("token", "first_latents")}
+        zeros = {name: torch.zeros_like(getattr(self, name)) for name in ("token", "first_latents", "draft")}
         return replace(self, **zeros, known=torch.full_like(self.known, math.nan))
 
 
@@ -258,11 +279,12 @@ def encode_clips(clips: dict[str, Tensor], vae: VAE, image_encoder: ImageEncoder
     """A batch of clips (`data.Clip.tensors`, stacked) -> all that training needs of them, whatever the stage; can be
     cached.
 
-    Latents of the four modalities [B, T, C, h, w], first-frame pictures [B, 9, H, W], image token, instance flow in
-    both readings, of the first step alone, and sparse [B, 2, H, W], S_0, camera, fps, motion bucket.
+    Latents of the four modalities and of the draft [B, T, C, h, w], first-frame pictures [B, 9, H, W], image token,
+    instance flow in both readings, of the first step alone, and sparse [B, 2, H, W], S_0, camera, fps, motion bucket.
     """
     first = {"rgb": None, "flow": None, "segmentation": clips["segmentation"][:, 0], "depth": clips["depth"][:, 0]}
     pictures = {name: render(name, clips[name], first[name]) for name in first}
+    pictures["draft"] = draft_video(clips["rgb"][:, 0], clips["segmentation"])
     sparse = torch.Generator().manual_seed(seed)
     return {f"latents.{name}": encode(vae, picture) for name, picture in pictures.items()} | {
         "first_pictures": torch.cat([pictures[name][:, 0] for name in ("rgb", "segmentation", "depth")], dim=1),
@@ -326,7 +348,8 @@ def training_batch(
     if config.mask_start > 0:
         shown = torch.rand(batch, generator=generator) < config.mask_start
         F = torch.where(shown.view(-1, 1, 1, 1).to(device), pushed, F)
-    latents = {name: encoded[f"latents.{name}"] for name in (*config.predict, *config.given)}
+    drafts = ("draft",) if config.draft else ()
+    latents = {name: encoded[f"latents.{name}"] for name in (*config.predict, *config.given, *drafts)}
     if config.still_ratio > 0:
         still = (torch.rand(batch, generator=generator) < config.still_ratio).view(-1, 1, 1, 1).to(device)
         F = torch.where(still, 0.0, F)
@@ -337,6 +360,7 @@ def training_batch(
         first_latents=torch.cat([first[name] for name in config.first_frame], dim=1) * image_kept,
         known=torch.cat([latents[n][:, 0].where(known[n] > 0, math.nan) for n in config.predict], dim=1),
         given=torch.cat([x0[:, :, :0], *(latents[name] for name in config.given)], dim=2),
+        draft=torch.cat([x0[:, :, :0], *(latents[name] for name in drafts)], dim=2) * image_kept[:, None],
         token=encoded["token"] * image_kept[:, 0],
         added_ids=torch.stack([encoded["fps"] - 1, encoded["motion_bucket"], noise_aug], dim=1),
         F=F,
@@ -382,11 +406,13 @@ def sampling_condition(
     ]
     nothing = unknown[:, None, :0].expand(-1, frames, -1, -1, -1)
     given = [encode(vae, render(name, getattr(motion, name), firsts.get(name))) for name in config.given]
+    draft = [encode(vae, draft_video(image, motion.segmentation))] if config.draft else []
     return Condition(
         first_pictures=torch.cat(list(pictures.values()), dim=1),
         first_latents=torch.cat(list(latents.values()), dim=1),
         known=torch.cat(known, dim=1),
         given=torch.cat([nothing, *given], dim=2),
+        draft=torch.cat([nothing, *draft], dim=2),
         token=image_encoder(image),
         added_ids=torch.tensor([[fps - 1, motion_bucket, noise_aug]], device=device).repeat(batch, 1),
         F=F,
@@ -517,6 +543,8 @@ class MotionDreamer(nn.Module):
         c_skip, c_out, c_in = (c.view(-1, 1, 1, 1, 1) for c in (c_skip, c_out, c_in))
         first = repeat(cond.first_latents, "b c h w -> b t c h w", t=frames)
         start = cond.known.nan_to_num()[:, None] if self.config.predict_change else 0
+        if self.config.draft:
+            first = start = cond.draft
         x = x - start
         stacked = torch.cat([c_in * x, first, cond.given], dim=2)
         cells = nnf.pixel_unshuffle(stacked, self.config.patch)  # [B, T, in_channels, h / patch, w / patch]

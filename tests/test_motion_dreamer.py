@@ -26,6 +26,7 @@ def random_condition(config: md.StageConfig, batch: int = 2, frames: int = 3, h:
         first_latents=torch.randn(batch, c * len(config.first_frame), h, w),
         known=torch.full((batch, c * len(config.predict), h, w), math.nan),
         given=torch.randn(batch, frames, c * len(config.given), h, w),
+        draft=torch.randn(batch, frames, c * config.draft, h, w),
         token=torch.randn(batch, 1, UNET_CONFIG.cross_attention_dim),
         added_ids=torch.tensor([[6.0, 127, 0.02]]).repeat(batch, 1),
         F=torch.randn(batch, 2, h * f, w * f) * 3,
@@ -251,6 +252,45 @@ def test_predicting_the_change_is_denoising_without_what_frame_0_shows(config):
     torch.testing.assert_close(change.denoise(x, sigma, free), plain.denoise(x, sigma, free))
 
 
+def test_a_draft_is_seen_instead_of_the_first_frame_and_corrected():
+    config = replace(STAGE2, **SMALL)
+    plain, corrects = tiny_stage(config), tiny_stage(replace(config, draft=True))
+    cond = random_condition(replace(config, draft=True))
+    x, sigma = torch.randn(2, 3, 4, 5, 7), torch.tensor([0.3, 20.0])
+    cond.draft = cond.draft[:, :1].expand(-1, 3, -1, -1, -1)  # in every frame alike: plain can be told it as I_0
+    as_first = replace(cond, first_latents=cond.draft[:, 0])
+    expected = cond.draft + plain.denoise(x - cond.draft, sigma, as_first)
+    torch.testing.assert_close(corrects.denoise(x, sigma, cond), expected)
+    assert not torch.allclose(corrects.denoise(x, sigma, cond), plain.denoise(x, sigma, as_first), atol=1e-2)
+    moving = replace(cond, draft=torch.cat([cond.draft[:, :2], cond.draft[:, :1] + 1], dim=1))
+    assert not torch.allclose(corrects.denoise(x, sigma, moving)[:, 2], expected[:, 2] + 1, atol=1e-2)
+    free = plain.denoise(x, sigma, replace(cond.without_image(), draft=cond.draft[:, :, :0]))
+    torch.testing.assert_close(corrects.denoise(x, sigma, cond.without_image()), free)
+
+
+@pytest.mark.parametrize("wrong", [STAGE1, ONE_STAGE, ABLATIONS["without_segmentation"][1]])
+def test_only_a_stage_that_is_given_the_segmentation_has_a_draft(wrong):
+    with pytest.raises(ValueError, match="draft is True"):
+        replace(wrong, draft=True)
+
+
+def test_draft_video_against_a_loop():
+    image, ids = torch.rand(2, 3, 5, 7), torch.randint(0, 4, (2, 3, 5, 7))
+    ids[0, 0][ids[0, 0] == 2] = 1  # the first frame does not show object 2 of clip 0
+    ids[0, 1, 2, 3] = 2
+    made = md.draft_video(image, ids)
+    for b in range(2):
+        for t in range(3):
+            for y in range(5):
+                for x in range(7):
+                    i = ids[b, t, y, x]
+                    where = ids[b, 0] == (i if (ids[b, 0] == i).any() else 0)
+                    mean = image[b][:, where].mean(dim=1)
+                    expected = image[b, :, y, x] if i == ids[b, 0, y, x] else mean
+                    torch.testing.assert_close(made[b, t, :, y, x], expected)
+    assert torch.equal(made[:, 0], image)
+
+
 def test_motion_loss_is_the_error_where_the_masked_flow_moves():
     config = replace(STAGE1, **SMALL, motion_weight=3.0, motion_threshold=0.5)
     cond, x0 = random_condition(config), torch.randn(2, 3, 12, 5, 7)
@@ -359,6 +399,8 @@ def test_encode_clips(models):
     torch.testing.assert_close(encoded["latents.flow"], flow)
     expected = vae.encode(md.render("depth", clips["depth"], clips["depth"][:, 0])[1]) * vae.scaling_factor
     torch.testing.assert_close(encoded["latents.depth"][1], expected, rtol=1e-4, atol=1e-5)
+    draft = md.draft_video(clips["rgb"][:, 0], clips["segmentation"])
+    torch.testing.assert_close(encoded["latents.draft"], md.encode(vae, draft))
     torch.testing.assert_close(encoded["F.instance"], instance_flow(clips["flow"], clips["segmentation"]))
     start = instance_flow(clips["flow"][:, 0][:, None], clips["segmentation"][:, 0])
     torch.testing.assert_close(encoded["F.start"], start)
@@ -370,7 +412,7 @@ def test_training_and_sampling_see_the_same_condition(models, monkeypatch):
     """With nothing dropped, masked or noisy, what training shows is what the sampler builds from a user's input."""
     vae, tower = models
     clips = stacked_clips(3, 4)
-    for config in (STAGE1, STAGE2, ONE_STAGE):
+    for config in (STAGE1, STAGE2, replace(STAGE2, draft=True), ONE_STAGE):
         config = replace(config, **SMALL, mask_ratio=0.0)
         encoded = md.encode_clips(clips, vae, tower)
         generator = torch.Generator().manual_seed(0)
@@ -381,7 +423,7 @@ def test_training_and_sampling_see_the_same_condition(models, monkeypatch):
         told = (vae, tower, *firsts, encoded["F.instance"], clips["camera"], motion)
         cond = md.sampling_condition(config, *told, frames=clips["flow"].shape[1], noise_aug=math.exp(-3))
         monkeypatch.undo()
-        for name in ("first_pictures", "first_latents", "given", "token", "added_ids", "F", "camera"):
+        for name in ("first_pictures", "first_latents", "given", "draft", "token", "added_ids", "F", "camera"):
             a, b = getattr(batch.condition, name), getattr(cond, name)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(batch.condition.known, cond.known, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -415,7 +457,7 @@ def test_some_clips_show_the_arrows_of_what_was_pushed(models, control, name):
         assert count == 160 * share or (share == 0.5 and 55 < count < 105)  # 80 +- 4 standard deviations
 
 
-@pytest.mark.parametrize("config", [STAGE1, STAGE2], ids=["stage 1", "stage 2"])
+@pytest.mark.parametrize("config", [STAGE1, STAGE2, replace(STAGE2, draft=True)], ids=["stage 1", "stage 2", "draft"])
 def test_some_clips_are_shown_at_rest(models, config):
     """As encoding a clip in which nothing moves would have given."""
     clips = stacked_clips(*range(8))
@@ -429,7 +471,8 @@ def test_some_clips_are_shown_at_rest(models, config):
     for i in range(8):
         still = batch.condition.F[i].abs().max() == 0
         source = expected if still else encoded
-        for part, names in ((batch.x0, config.predict), (batch.condition.given, config.given)):
+        told, drafts = batch.condition, ("draft",) * config.draft
+        for part, names in ((batch.x0, config.predict), (told.given, config.given), (told.draft, drafts)):
             for k, name in enumerate(names):
                 found = part[i, :, 4 * k : 4 * k + 4]
                 torch.testing.assert_close(found, source[f"latents.{name}"][i], rtol=1e-4, atol=1e-4)
@@ -459,6 +502,10 @@ def test_training_batch_drops_each_part_by_itself(models):
     assert noise.min() > 0 and noise.log().std().item() == pytest.approx(0.5, abs=0.06)
     again = md.training_batch(config, encoded, vae, torch.Generator().manual_seed(0), drop=0.25)
     assert torch.equal(again.condition.first_latents, cond.first_latents) and torch.equal(again.condition.F, cond.F)
+    config = replace(STAGE2, **SMALL, draft=True)
+    cond = md.training_batch(config, encoded, vae, torch.Generator().manual_seed(0), drop=0.25).condition
+    no_image = (cond.token == 0).all((1, 2))
+    assert torch.equal((cond.draft == 0).all(4).all(3).all(2).all(1), no_image) and 0 < no_image.sum() < 400
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
