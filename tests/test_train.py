@@ -1,6 +1,7 @@
 """train.py: what a killed run loses (nothing), what two processes share (everything), and what it refuses."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny
 
 import train
 from data import ResumableSampler
-from motion_dreamer import STAGE1, MotionDreamer
+from motion_dreamer import STAGE1, MotionDreamer, render
 from svd import VAE, ImageEncoder, UNet
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +163,40 @@ def test_cached_latents_give_the_losses_of_fresh_ones(monkeypatch, clips, out, t
     (out / "training" / "stage1" / "step_00000003.pt").unlink()
     run(monkeypatch, clips, out, steps=1)
     assert len({path.name for path in (clips / ".cache").iterdir()} - caches) == 1
+
+
+class Blank(torch.nn.Module):
+    """A VAE that decodes everything to grey; mean 2 and variance e^-1 of the posterior give a known KL."""
+
+    def moments(self, images):
+        return torch.full((len(images), 1, 2, 2), 2.0), torch.full((len(images), 1, 2, 2), -1.0)
+
+    def decode(self, latents):
+        return torch.zeros(*latents.shape[:2], 3, 16, 24)
+
+
+def test_vae_loss_against_a_loop_over_pixels():
+    clips = torch.utils.data.default_collate([moving_squares(seed).tensors() for seed in (0, 1)])
+    losses = train.vae_loss(Blank(), clips, torch.Generator().manual_seed(0))
+    ids, total = clips["segmentation"], torch.zeros(2)
+    for name in ("rgb", "flow", "segmentation", "depth"):
+        for b in range(2):
+            first = clips[name][b : b + 1, 0] if name in ("segmentation", "depth") else None
+            picture, error, weights = render(name, clips[name][b : b + 1], first)[0], 0.0, 0.0
+            for t in range(ids.shape[1]):
+                for y in range(16):
+                    for x in range(24):
+                        near = (ids[b, t, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] > 0).any()
+                        moves = clips["flow"][b, t, :, y, x].norm() > 0.1
+                        weight = {"rgb": 1 + near, "flow": 1 + 12 * moves, "depth": 1 + 2 * near}.get(
+                            name, 1 + 4 * near
+                        )
+                        value = picture[t, :, y, x].abs()
+                        error, weights = error + weight * (value + value**2).mean(), weights + weight
+            assert losses[name][b].item() == pytest.approx((error / weights).item(), rel=1e-4)
+            total[b] += error / weights
+    kl = (4 + math.exp(-1) - 1 + 1) / 2
+    torch.testing.assert_close(losses["loss"], total + 2e-5 * kl, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_decoder_changes_with_decoder_only(monkeypatch, clips, out):
