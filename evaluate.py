@@ -29,7 +29,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +158,10 @@ class Model:
         vae = VAE.from_pretrained(folder, "vae", **kept).eval()
         return cls(stage1, stage2, vae, ImageEncoder.from_pretrained(folder, "image_encoder", **kept).eval())
 
-    def weights(self) -> str:
-        return fingerprint(*(part for part in vars(self).values() if part is not None))
+    def weights(self, *parts: str) -> str:
+        """Fingerprint of these parts; of all, if none is named."""
+        named = [getattr(self, name) for name in parts or vars(self)]
+        return fingerprint(*(part for part in named if part is not None))
 
 
 def arrow_flow(maps: Maps, pushed: int, config: StageConfig) -> Tensor:
@@ -183,19 +185,25 @@ class Sampler:
     model: Model
     cache: Path
     settings: dict  # steps, guidance, seed
-    weights: str
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """By kind of sample, fingerprints of what makes it: another Stage II leaves Stage I's motion as it was."""
+        encoders, model = ("vae", "tower"), self.model
+        painted = model.weights("stage2", *encoders)
+        motion = dict.fromkeys(PUSHES, model.weights("stage1", *encoders))
+        return motion | {"rgb": painted, "rgb_own": model.weights(), "codec": model.weights("vae")}
 
     def make(self, scenes: list[Scene], kind: str, seed: int = 0) -> list[Maps]:
         """Maps of every scene. kind: a push ("arrow", "opposite", "stronger", "none": Stage I), "rgb" and "rgb_own"
         (Stage II, given true motion or Stage I's), "codec/" and a push (the truth through the VAE and back)."""
         files = [(scene.path.name, scene.path.stat().st_size, scene.path.stat().st_mtime_ns) for scene in scenes]
-        told = [self.weights, self.settings, seed, files]
-        if kind.startswith("codec/"):  # all that matters is the VAE
-            told = [fingerprint(self.model.vae), files]
+        codec = kind.startswith("codec/")  # it makes no samples: settings and seed do not matter
+        told = [self.weights["codec"], files] if codec else [self.weights[kind], self.settings, seed, files]
         folder = self.cache / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         path = folder / f"{kind.replace('/', '_')}.safetensors"
         if not path.exists():
-            maps = self.codec(scenes, kind[6:]) if kind.startswith("codec/") else self.sample(scenes, kind, seed)
+            maps = self.codec(scenes, kind[6:]) if codec else self.sample(scenes, kind, seed)
             folder.mkdir(parents=True, exist_ok=True)
             save_safetensors({name: compact(value) for name, value in maps.items()}, path)
         device = next(self.model.vae.parameters()).device
@@ -399,7 +407,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     or if it is filled already, for the same clips and VAE, spares measuring that again."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     model = Model.load(folder, device)
-    config, weights = model.stage2.config, model.weights()
+    config = model.stage2.config
     clips = ClipDataset(arguments.val, config.frames)
     if clips.height % config.cell or clips.width % config.cell:
         size = f"{clips.width}x{clips.height}"
@@ -407,7 +415,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     paths = clips.paths[: arguments.clips]
     cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
     told = {name: getattr(arguments, name) for name in ("sampling_steps", "guidance", "seed", "batch")}
-    sampler, shared = Sampler(model, cache, told, weights), {} if shared is None else shared
+    sampler, shared = Sampler(model, cache, told), {} if shared is None else shared
     features, alone = Features(extractors_of(arguments, device), "exact" in arguments.trackers), bool(shared)
     rows = dict(shared.get("rows", {}))
     features.found = {key: dict(found) for key, found in shared.get("features", {}).items()}
@@ -424,7 +432,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     figures = {source: metrics.summarise(rows[source]) | features.distances(source) for source in order}
     rules = ("MOVING", "TILT", "HEIGHT", "RIGHT_WAY", "CONTACT", "CONTACT_PIXELS", "RESAMPLES", "SET_RESAMPLES")
     settings = vars(arguments) | {
-        "model": str(folder), "weights": weights, "frames": config.frames, "size": [clips.width, clips.height],
+        "model": str(folder), "weights": model.weights(), "frames": config.frames, "size": [clips.width, clips.height],
         "clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name, "device": device,
         "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1),
         "rules": {name: getattr(metrics, name) for name in rules} | {"STRONGER": STRONGER},

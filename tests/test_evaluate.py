@@ -460,6 +460,20 @@ def test_samples_are_kept(folders, monkeypatch, capsys, tmp_path):
         run(monkeypatch, *told, "--seed", 1)
 
 
+def test_another_stage_2_leaves_the_samples_of_stage_1(folders, monkeypatch, capsys, tmp_path):
+    shutil.copytree(folders / "model", tmp_path / "model")
+    told = ["--model", tmp_path / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
+    told += ["--quiet", "--metrics", "physics", "--clips", 1]
+    run(monkeypatch, *told)
+    stages, dream = [], evaluate.dream
+    monkeypatch.setattr(evaluate, "dream", lambda *a, **k: stages.append(a[0] is None) or dream(*a, **k))
+    for stage, config in (("stage2", STAGE2), ("stage1", STAGE1)):
+        sizes = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}
+        tiny_stage(replace(config, **sizes), scale=0.03).save_pretrained(tmp_path / "model" / stage)
+        run(monkeypatch, *told)
+    assert stages == [True, False, True]  # only Stage II; then Stage I, and Stage II since its motion is another
+
+
 def test_table_1(folders, monkeypatch, capsys, tmp_path):
     commands = []
 
