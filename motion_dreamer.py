@@ -80,7 +80,7 @@ class StageConfig:
     motion_weight: float = 1.0  # lambda of Algorithm 1
     motion_threshold: float = 0.1  # tau of Eq. 11, pixels per frame step
     predict_change: bool = False  # the network denoises the change since frame 0 (where that is known), not x_0 itself
-    draft: bool = False  # Stage II sees and corrects a draft of every frame (`draft_video`), instead of I_0 alone
+    draft: bool = False  # Stage II sees and corrects a draft of every frame (`draft_video`) for I_0's latents
     keep_first_frame: bool = True  # I_0, S_0, D_0 are known: the sampler puts them back instead of sampling them
     sigma_mean: float = 0.7  # ln sigma ~ N(sigma_mean, sigma_std^2) in training
     sigma_std: float = 1.6

@@ -407,17 +407,19 @@ def test_i3d_is_called_as_published(tmp_path):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+SIZES = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}  # of the models in `folders`
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model folder with random weights, clips of its size, and the models of two rows of Table 1."""
     root = tmp_path_factory.mktemp("evaluate")
-    sizes = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}
     for name in ("model", "one"):
         tiny_vae().save_pretrained(root / name / "vae")
         tiny_tower().save_pretrained(root / name / "image_encoder")
     for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
-        tiny_stage(replace(config, **sizes), scale=0.02).save_pretrained(root / "model" / name)
-    tiny_stage(replace(ONE_STAGE, **sizes), scale=0.02).save_pretrained(root / "one" / "stage2")
+        tiny_stage(replace(config, **SIZES), scale=0.02).save_pretrained(root / "model" / name)
+    tiny_stage(replace(ONE_STAGE, **SIZES), scale=0.02).save_pretrained(root / "one" / "stage2")
     for seed in (1, 2, 3):
         simulate.simulate("dominoes", seed, 16, (32, 16)).save(root / "data" / f"{seed}.safetensors")
     return root
@@ -463,13 +465,12 @@ def test_samples_are_kept(folders, monkeypatch, capsys, tmp_path):
 def test_another_stage_2_leaves_the_samples_of_stage_1(folders, monkeypatch, capsys, tmp_path):
     shutil.copytree(folders / "model", tmp_path / "model")
     told = ["--model", tmp_path / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
-    told += ["--quiet", "--metrics", "physics", "--clips", 1]
+    told += ["--quiet", "--metrics", "physics", "--clips", 1, "--json", tmp_path / "all.json"]
     run(monkeypatch, *told)
     stages, dream = [], evaluate.dream
     monkeypatch.setattr(evaluate, "dream", lambda *a, **k: stages.append(a[0] is None) or dream(*a, **k))
     for stage, config in (("stage2", STAGE2), ("stage1", STAGE1)):
-        sizes = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}
-        tiny_stage(replace(config, **sizes), scale=0.03).save_pretrained(tmp_path / "model" / stage)
+        tiny_stage(replace(config, **SIZES), scale=0.03).save_pretrained(tmp_path / "model" / stage)
         run(monkeypatch, *told)
     assert stages == [True, False, True]  # only Stage II; then Stage I, and Stage II since its motion is another
 
