@@ -462,7 +462,7 @@ def train(arguments: argparse.Namespace) -> None:
         trim_log(folder / "log.jsonl", step)
         print(f"{folder}: " + (f"going on at step {step}" if state else "starting"))
     if arguments.compile:
-        model = torch.compile(model)
+        model = torch.compile(model, dynamic=False)  # every batch has the same sizes
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device] if cuda else None, find_unused_parameters=True)
 
