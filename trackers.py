@@ -33,58 +33,74 @@ def sample_at(maps: Tensor, points: Tensor, outside: str = "zeros") -> Tensor:
     return nnf.grid_sample(maps, (points / scale - 1)[:, None], padding_mode=outside, align_corners=True)[:, :, 0]
 
 
-def lucas_kanade(video: Tensor, points: Tensor, radius: int = 3, levels: int = 3, iterations: int = 5) -> Tensor:
+def lucas_kanade(video: Tensor, points: Tensor, radius: int = 7, levels: int = 4, iterations: int = 5) -> Tensor:
     """Points [N, 2] (x, y) of the first frame, tracked from frame to frame of a video [T, 3, H, W] -> [T, N, 2].
 
-    Lucas and Kanade 1981, on a pyramid, coarse to fine (Bouguet 2000): the shift of a window between two frames by
-    Gauss-Newton steps on its squared difference, summed over colours. At every level the search starts from rest, from
-    the last step's motion and from the coarser level's result, and the best match is kept: a coarse window that holds
-    both a moving object and the floor would drag the floor along.
+    Lucas and Kanade 1981, on a pyramid, coarse to fine (Bouguet 2000): the motion of a window between two frames by
+    Gauss-Newton steps on its squared difference, summed over colours. Windows move affinely (Shi and Tomasi 1994), and
+    their pixels count as far as they have the point's colour: what is behind a thing would hold it back. At every level
+    the search starts from rest, from the last step's motion and from the coarser level's result, and the best match is
+    kept.
+
+    A motion is [2, 3]: what is at offset (dx, dy) from the point moves by motion @ (1, dx, dy).
     """
-    pyramid, tracks = [video], [points.to(video)]
+    pyramid, tracks = [binomial(video, (1, 2, 1), stride=1)], [points.to(video)]  # rendered edges are hard
     for _ in range(levels - 1):
-        pyramid.append(halved(pyramid[-1]))
+        pyramid.append(binomial(pyramid[-1], (1, 3, 3, 1), stride=2))
     side = torch.arange(-radius, radius + 1, device=video.device, dtype=video.dtype)
-    window, last = torch.cartesian_prod(side, side), torch.zeros_like(tracks[0])
+    window, last = torch.cartesian_prod(side, side), video.new_zeros(len(points), 2, 3)
     for t in range(len(video) - 1):
         starts = [torch.zeros_like(last), last]
         for level in reversed(range(levels)):
+            scale = video.new_tensor([2**level, 1, 1])  # a shift is in pixels, gradients have no unit
             place = (tracks[-1] + 0.5) / 2**level - 0.5
             here, there = pyramid[level][t : t + 1], pyramid[level][t + 1 : t + 2]
-            shifts = torch.stack(starts) / 2**level
-            starts = [*starts[:2], 2**level * best_shift(here, there, place, shifts, window, iterations)]
+            motion = best_motion(here, there, place, torch.stack(starts) / scale, window, iterations)
+            starts = [*starts[:2], motion * scale]
         last = starts[-1]
-        tracks.append(tracks[-1] + last)
+        tracks.append(tracks[-1] + last[:, :, 0])
     return torch.stack(tracks)
 
 
-def halved(video: Tensor) -> Tensor:
-    """[T, C, H, W] -> half its size, smoothed by the binomial (1 3 3 1)."""
-    kernel = video.new_tensor([1.0, 3, 3, 1]) / 8
-    kernel = (kernel[:, None] * kernel).expand(video.shape[1], 1, 4, 4)
-    return nnf.conv2d(nnf.pad(video, (1, 1, 1, 1), "replicate"), kernel, stride=2, groups=video.shape[1])
+def binomial(video: Tensor, weights: tuple[int, ...], stride: int) -> Tensor:
+    """[T, C, H, W] smoothed along both axes; every `stride`-th pixel of that."""
+    kernel = video.new_tensor(weights) / sum(weights)
+    kernel = (kernel[:, None] * kernel).expand(video.shape[1], 1, -1, -1)
+    return nnf.conv2d(nnf.pad(video, (1, 1, 1, 1), "replicate"), kernel, stride=stride, groups=video.shape[1])
 
 
-def best_shift(here: Tensor, there: Tensor, place: Tensor, starts: Tensor, window: Tensor, iterations: int) -> Tensor:
-    """Gauss-Newton steps at one level, from several starts [S, N, 2] of the shift: pictures [1, C, H, W], places
-    [N, 2], window [K, 2] -> [N, 2]. Damping keeps a point without texture where it starts; of equal matches, the
+ALIKE = 0.15  # standard deviation, over channels in [-1, 1], of colours that count as one
+
+
+def best_motion(here: Tensor, there: Tensor, place: Tensor, starts: Tensor, window: Tensor, iterations: int) -> Tensor:
+    """Gauss-Newton steps at one level, from several starts [S, N, 2, 3] of the motion: pictures [1, C, H, W], places
+    [N, 2], window [K, 2] -> [N, 2, 3]. Damping keeps a point without texture where it starts; of equal matches, the
     shorter shift is kept."""
 
-    def patches(picture: Tensor, centers: Tensor) -> Tensor:
-        values = sample_at(picture, (centers[..., None, :] + window).reshape(1, -1, 2), "border")[0]
-        return values.view(len(values), *centers.shape[:-1], len(window)).movedim(0, -2).flatten(-2)  # [..., N, C K]
+    def patches(picture: Tensor, at: Tensor) -> Tensor:  # [..., N, K, 2] -> [..., N, K, C]
+        return sample_at(picture, at.reshape(1, -1, 2), "border")[0].T.view(*at.shape[:-1], picture.shape[1])
 
-    template, halves = patches(here, place), place.new_tensor([[0.5, 0.0], [0.0, 0.5]])
-    slope = torch.stack([patches(here, place + h) - patches(here, place - h) for h in halves], dim=-1)
-    damping = 1e-3 * template.shape[1] * torch.eye(2, device=place.device)
-    inverse = torch.linalg.inv(slope.mT @ slope + damping)  # [N, 2, 2]
-    shift = starts
+    def error(motion: Tensor) -> Tensor:
+        return template - patches(there, at + basis @ motion.mT)
+
+    basis = torch.cat([torch.ones_like(window[:, :1]), window], dim=1)  # [K, 3]: (1, dx, dy)
+    at = place[:, None] + window
+    template, halves = patches(here, at), place.new_tensor([[0.5, 0.0], [0.0, 0.5]])
+    other = (template - template[:, len(window) // 2, None]).square().mean(dim=-1)
+    weight = (-other / (2 * ALIKE**2)).exp()  # [N, K]
+    slope = torch.stack([patches(here, at + h) - patches(here, at - h) for h in halves], dim=-1)  # [N, K, C, 2]
+    jacobian = torch.einsum("nkci,kj->nkcij", slope, basis).flatten(-2)  # [N, K, C, 6]
+    weighted = jacobian * weight[..., None, None]
+    damping = place.new_tensor([[0.3, 60.0, 60.0]] * 2).flatten().diag()
+    inverse = torch.linalg.inv(torch.einsum("nkci,nkcj->nij", weighted, jacobian) + damping)
+    motion = starts
     for _ in range(iterations):
-        error = template - patches(there, place + shift)
-        shift = shift + (inverse @ (slope.mT @ error[..., None]))[..., 0].clamp(-2, 2)
-    tried = torch.cat([starts, shift])
-    cost = (template - patches(there, place + tried)).square().mean(dim=-1) + 1e-5 * tried.square().sum(dim=-1)
-    return tried.gather(0, cost.argmin(dim=0)[None, :, None].expand(1, -1, 2))[0]
+        gradient = torch.einsum("nkci,snkc->sni", weighted, error(motion))
+        motion = motion + torch.einsum("nij,snj->sni", inverse, gradient).view(motion.shape).clamp(-2, 2)
+    tried = torch.cat([starts, motion])
+    cost = (weight * error(tried).square().mean(dim=-1)).sum(-1) / weight.sum(-1)
+    cost = cost + 1e-5 * tried[..., 0].square().sum(-1)
+    return tried[cost.argmin(dim=0), torch.arange(len(place), device=place.device)]
 
 
 # ------------------------------------------------------------------------------------------------------------- PIPs++
