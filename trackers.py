@@ -77,28 +77,30 @@ def best_motion(here: Tensor, there: Tensor, place: Tensor, starts: Tensor, wind
     [N, 2], window [K, 2] -> [N, 2, 3]. Damping keeps a point without texture where it starts; of equal matches, the
     shorter shift is kept."""
 
-    def patches(picture: Tensor, at: Tensor) -> Tensor:  # [..., N, K, 2] -> [..., N, K, C]
-        return sample_at(picture, at.reshape(1, -1, 2), "border")[0].T.view(*at.shape[:-1], picture.shape[1])
+    def patches(picture: Tensor, at: Tensor) -> Tensor:  # [..., N, 2, K] -> [C, ..., N, K]
+        values = sample_at(picture, at.mT.reshape(1, -1, 2), "border")[0]
+        return values.view(picture.shape[1], *at.shape[:-2], at.shape[-1])
 
-    def error(motion: Tensor) -> Tensor:
-        return template - patches(there, at + basis @ motion.mT)
+    def error(motion: Tensor) -> Tensor:  # [S, N, 2, 3] -> [C, S, N, K]
+        return template[:, None] - patches(there, at + motion @ basis)
 
-    basis = torch.cat([torch.ones_like(window[:, :1]), window], dim=1)  # [K, 3]: (1, dx, dy)
-    at = place[:, None] + window
-    template, halves = patches(here, at), place.new_tensor([[0.5, 0.0], [0.0, 0.5]])
-    other = (template - template[:, len(window) // 2, None]).square().mean(dim=-1)
+    basis = torch.cat([torch.ones_like(window[:, :1]), window], dim=1).T  # [3, K]: (1, dx, dy)
+    at, halves = place[..., None] + window.T, place.new_tensor([[[0.5], [0.0]], [[0.0], [0.5]]])
+    template = patches(here, at)
+    other = (template - template[..., len(window) // 2, None]).square().mean(dim=0)
     weight = (-other / (2 * ALIKE**2)).exp()  # [N, K]
-    slope = torch.stack([patches(here, at + h) - patches(here, at - h) for h in halves], dim=-1)  # [N, K, C, 2]
-    jacobian = torch.einsum("nkci,kj->nkcij", slope, basis).flatten(-2)  # [N, K, C, 6]
-    weighted = jacobian * weight[..., None, None]
+    slope = torch.stack([patches(here, at + h) - patches(here, at - h) for h in halves])  # [2, C, N, K]
+    weighted = weight * slope
+    products = (weighted[:, None] * slope).sum(dim=2) @ (basis[:, None] * basis).flatten(0, 1).T  # [2, 2, N, 9]
+    hessian = rearrange(products, "i j n (a b) -> n (i a) (j b)", a=3)
     damping = place.new_tensor([[0.3, 60.0, 60.0]] * 2).flatten().diag()
-    inverse = torch.linalg.inv(torch.einsum("nkci,nkcj->nij", weighted, jacobian) + damping)
-    motion = starts
+    inverse, motion = torch.linalg.inv(hessian + damping), starts
     for _ in range(iterations):
-        gradient = torch.einsum("nkci,snkc->sni", weighted, error(motion))
-        motion = motion + torch.einsum("nij,snj->sni", inverse, gradient).view(motion.shape).clamp(-2, 2)
+        gradient = (weighted[:, :, None] * error(motion)).sum(dim=1) @ basis.T  # [2, S, N, 3]
+        step = inverse @ rearrange(gradient, "i s n a -> s n (i a) 1")
+        motion = motion + step.view(motion.shape).clamp(-2, 2)
     tried = torch.cat([starts, motion])
-    cost = (weight * error(tried).square().mean(dim=-1)).sum(-1) / weight.sum(-1)
+    cost = (weight * error(tried).square().mean(dim=0)).sum(-1) / weight.sum(-1)
     cost = cost + 1e-5 * tried[..., 0].square().sum(-1)
     return tried[cost.argmin(dim=0), torch.arange(len(place), device=place.device)]
 
