@@ -477,6 +477,7 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.batch,
             sampler=sampler,
             num_workers=arguments.workers,
+            worker_init_fn=ignore_signals,
             persistent_workers=arguments.workers > 0,
         )
     )
@@ -584,6 +585,12 @@ def train(arguments: argparse.Namespace) -> None:
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers, such that neighbours have nothing in common."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def ignore_signals(worker: int) -> None:
+    """For the loader's workers: Ctrl-C reaches them too, but the step that the main process still does needs them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -329,14 +329,19 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(clips, out):
-    told = [sys.executable, "train.py", *command(clips, out, "--save-every", 10**6, stage="vae", steps=10**6)]
-    process = subprocess.Popen(told, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(clips, out, workers):
+    """To all, the loader's workers too: so does Ctrl-C in a terminal."""
+    extra = ("--save-every", 10**6, "--workers", workers)
+    told = [sys.executable, "train.py", *command(clips, out, *extra, stage="vae", steps=10**6)]
+    process = subprocess.Popen(
+        told, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     log = out / "training" / "vae" / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "run the same command to go on" in said
     steps = len(logged(out, "vae"))
