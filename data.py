@@ -115,6 +115,20 @@ class Clip:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def mirrored(self) -> Clip:
+        """As seen in a mirror: left is right. What `meta` tells of the simulator's truth no longer holds and is left
+        out."""
+        told = {name: self.meta[name] for name in ("scenario", "seed", "motion_bucket") if name in self.meta}
+        return Clip(
+            rgb=self.rgb[:, :, ::-1].copy(),
+            flow=self.flow[..., ::-1] * np.array([-1, 1], np.float32).reshape(2, 1, 1),
+            segmentation=self.segmentation[..., ::-1].copy(),
+            depth=self.depth[..., ::-1].copy(),
+            camera=self.camera * np.array([1, -1], np.float32),
+            fps=self.fps,
+            meta=told | {"mirrored": True},
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """Torch tensors: rgb [T, 3, H, W] in [-1, 1], flow, segmentation (int64), depth, camera, fps, motion_bucket."""
         return {

@@ -605,9 +605,12 @@ def tracks(clip: Clip, points: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def write_clip(job: tuple[Path, str, int, int, tuple[int, int]]) -> None:
-    path, scenario, seed, frames, size = job
-    simulate(scenario, seed, frames, size).save(path)
+def write_clip(job: tuple[list[Path], str, int, int, tuple[int, int]]) -> None:
+    """The clip and, where there is a second path, its mirror image."""
+    paths, *told = job
+    clip = simulate(*told)
+    for path, made in zip(paths, (clip, clip.mirrored()), strict=False):
+        made.save(path)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -626,6 +629,7 @@ def main() -> None:
     parser.add_argument("--scenario", default="dominoes", help=f"one or more of {','.join(SCENARIOS)}")
     parser.add_argument("--size", default="128x64", help="WIDTHxHEIGHT, or one number for a square")
     parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--mirror", action="store_true", help="for training: the mirror image of every clip, too")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next ones count up from it")
     arguments = parser.parse_args()
@@ -643,9 +647,10 @@ def main() -> None:
     jobs = []
     for i in range(arguments.clips):
         scenario, seed = scenarios[i % len(scenarios)], arguments.seed + i
-        path = folder / f"{scenario}_{seed:08d}.safetensors"
-        if not path.exists():  # an interrupted run goes on where it was
-            jobs.append((path, scenario, seed, arguments.frames, size))
+        names = [f"{scenario}_{seed:08d}"] + [f"{scenario}_{seed:08d}_mirrored"] * arguments.mirror
+        paths = [folder / f"{name}.safetensors" for name in names]
+        if not all(path.exists() for path in paths):  # an interrupted run goes on where it was
+            jobs.append((paths, scenario, seed, arguments.frames, size))
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=4), total=len(jobs), unit="clip"):
             pass

@@ -46,6 +46,20 @@ def test_save_and_load_keep_everything(tmp_path):
     assert (loaded.fps, loaded.meta) == (clip.fps, clip.meta)
 
 
+def test_a_mirrored_clip_has_left_and_right_exchanged_and_nothing_else():
+    clip = random_clip()
+    image, width = clip.mirrored(), clip.rgb.shape[2]
+    for name in ("rgb", "segmentation", "depth"):
+        for x in range(width):
+            assert (getattr(image, name)[:, :, x] == getattr(clip, name)[:, :, width - 1 - x]).all()
+    for x in range(width):
+        assert (image.flow[:, 0, :, x] == -clip.flow[:, 0, :, width - 1 - x]).all()
+        assert (image.flow[:, 1, :, x] == clip.flow[:, 1, :, width - 1 - x]).all()
+    assert image.camera.tolist() == [0.5, 1] and image.fps == 12.5
+    assert image.meta == {"scenario": "noise", "motion_bucket": 50, "mirrored": True}
+    image.tensors()  # torch takes no negative strides
+
+
 def test_load_reads_a_window(tmp_path):
     clip = random_clip(frames=6)
     clip.save(tmp_path / "a.safetensors")

@@ -239,6 +239,11 @@ def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
     (tmp_path / "clips" / names[1]).unlink()
     assert run(*told, "--seed", 7).returncode == 0
     assert kept.read_bytes() == b"mine" and (tmp_path / "clips" / names[1]).exists()
+    kept.unlink()
+    assert run(*told, "--seed", 7, "--mirror").returncode == 0
+    assert len(list((tmp_path / "clips").iterdir())) == 6
+    image = Clip.load(tmp_path / "clips" / "roll_00000008_mirrored.safetensors")
+    assert (image.rgb == clip.rgb[:, :, ::-1]).all() and image.meta["seed"] == 8
 
 
 @pytest.mark.parametrize(
