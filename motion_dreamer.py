@@ -298,6 +298,15 @@ def encode_clips(clips: dict[str, Tensor], vae: VAE, image_encoder: ImageEncoder
     }
 
 
+def gaussian(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Standard normal numbers for training. On a GPU they are drawn there (a CPU takes as long as a small step), from a
+    seed that the generator draws: they stay a function of its state."""
+    if device.type == "cpu" or generator is None:
+        return torch.randn(shape, generator=generator).to(device)
+    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
 def moves_at_once(start: Tensor) -> Tensor:
     """[B, 2, H, W], each object's flow in the first step -> [B, 1, H, W] of 0/1: objects at least half as fast as the
     fastest. They are what was pushed; what they hit moves later."""
@@ -330,7 +339,7 @@ def training_batch(
 
     rgb, *maps = encoded["first_pictures"].split(3, dim=1)
     noise_aug = (torch.randn(batch, generator=generator) * 0.5 - 3).exp().to(device)  # around SVD's 0.02 .. 0.1
-    noise = torch.randn(rgb.shape, generator=generator).to(device)
+    noise = gaussian(rgb.shape, generator, device)
     first = {"rgb": vae.encode(rgb + noise_aug.view(-1, 1, 1, 1) * noise)}
     pictures, image_kept = [rgb], keep().view(-1, 1, 1, 1)
     known = {"rgb": image_kept, "flow": 0 * image_kept}
@@ -559,7 +568,7 @@ class MotionDreamer(nn.Module):
         """
         x0, cond, config = batch.x0, batch.condition, self.config
         z = torch.randn(len(x0), generator=generator).to(x0.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        noise = gaussian(x0.shape, generator, x0.device)
         sigma = (config.sigma_mean + config.sigma_std * z).exp()
         prediction = self.denoise(x0 + sigma.view(-1, 1, 1, 1, 1) * noise, sigma, cond)
         *_, weight = precondition(sigma, config.parameterization)

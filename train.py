@@ -49,6 +49,7 @@ from motion_dreamer import (
     StageConfig,
     dream,
     encode_clips,
+    gaussian,
     moves_at_once,
     render,
     round_trip,
@@ -236,8 +237,8 @@ def vae_loss(vae: VAE, clips: dict[str, Tensor], generator: torch.Generator) -> 
     pictures = torch.cat([render(name, clips[name], first[name]) for name in weights])  # [4 B, T, 3, H, W]
     weight = torch.cat(list(weights.values()))  # [4 B, T, 1, H, W]
     mean, log_variance = vae.moments(rearrange(pictures, "b t c h w -> (b t) c h w"))
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
-    extra = torch.randn(mean.shape, generator=generator).to(mean) * 0.2 * torch.rand(1, generator=generator).to(mean)
+    noise, extra = (gaussian(mean.shape, generator, mean.device).to(mean) for _ in range(2))
+    extra = extra * 0.2 * torch.rand(1, generator=generator).to(mean)
     latents = mean + (log_variance / 2).exp() * noise + extra
     decoded = vae.decode(rearrange(latents, "(b t) c h w -> b t c h w", t=pictures.shape[1]))
     error = (decoded.float() - pictures).abs()
@@ -253,7 +254,7 @@ def measure_scale(vae: VAE, clips: ClipDataset, count: int = 16) -> float:
     """1 / standard deviation of the latents of the four modalities: makes them unit size, as diffusion expects."""
     latents = []
     for i in range(min(count, len(clips))):
-        clip = clips[(i, 0)]
+        clip = {name: value.to(next(vae.parameters()).device) for name, value in clips[(i, 0)].items()}
         first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:1], "depth": clip["depth"][:1]}
         latents += [vae.encode(render(name, clip[name][None], first[name])[0]) for name in first]
     return 1 / torch.cat(latents).std().item()
@@ -477,7 +478,7 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.batch,
             sampler=sampler,
             num_workers=arguments.workers,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=leave_process_group,
             persistent_workers=arguments.workers > 0,
         )
     )
@@ -587,10 +588,10 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def ignore_signals(worker: int) -> None:
-    """For the loader's workers: Ctrl-C reaches them too, but the step that the main process still does needs them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_process_group(worker: int) -> None:
+    """For the loader's workers: what Ctrl-C sends to all processes of a terminal must not end them before the step that
+    the main process still does. (Were they to ignore it, they would also ignore their end.)"""
+    os.setsid()
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -616,7 +617,8 @@ def main() -> None:
     try:
         train(arguments)
     except (ValueError, FileNotFoundError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
+        print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -351,6 +351,19 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(clips, out
     assert [line["step"] for line in logged(out, "vae")] == list(range(1, steps + 2))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_clip_ends_training_with_one_line(clips, out, tmp_path, workers):
+    """Its name and what is wrong, whoever reads it; and no worker stays behind, for which the process would wait."""
+    folder = shutil.copytree(clips, tmp_path / "clips")
+    clip = moving_squares(7)
+    clip.flow[1, 0, 2, 3] = math.inf
+    clip.save(folder / "bad.safetensors")
+    told = [sys.executable, "train.py", *command(folder, out, "--workers", workers, stage="vae", steps=100)]
+    done = subprocess.run(told, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    line = f"train.py: {folder}/bad.safetensors: flow holds a value that is not finite\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_two_processes_train_one_model(clips, tmp_path):
     """Whenever they start, DistributedDataParallel checks that both have equal weights."""
     out = tmp_path / "out"
