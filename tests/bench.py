@@ -1,7 +1,8 @@
 """The budgets, side by side in one run: `python tests/bench.py [--threads 2]`. No test: times depend on the machine.
 
 Needs diffusers (`pip install diffusers`) for the UNet rows. Times are medians of alternating runs; peak memory is what
-a process of its own holds beyond its start. With a GPU, the splatting and UNet rows are repeated there.
+a process of its own holds beyond its start. With a GPU, the splatting and UNet rows are repeated there, the UNet's with
+SVD itself in bfloat16; `--device cuda` prints these alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 from splat import corners, softsplat  # noqa: E402
 from svd import UNet, UNetConfig  # noqa: E402
 
-WIDTHS, HEADS, LATENTS, FRAMES = (64, 128, 256, 256), (1, 2, 4, 4), (40, 72), 14  # a small UNet at SVD's 320x576
+WIDTHS = {"cpu": (64, 128, 256, 256), "cuda": (320, 640, 1280, 1280)}  # a small UNet; SVD's
+LATENTS, FRAMES = (40, 72), 14  # 320x576
 
 
 def clock(function: Callable, device: str) -> float:
@@ -78,11 +80,13 @@ def unets(device: str) -> dict[str, Callable]:
     from diffusers import UNetSpatioTemporalConditionModel
 
     torch.manual_seed(0)
-    theirs = UNetSpatioTemporalConditionModel(block_out_channels=WIDTHS, num_attention_heads=HEADS).to(device)
-    ours = UNet(UNetConfig(block_out_channels=WIDTHS, num_attention_heads=HEADS)).to(device)
+    like = {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
+    size = {"block_out_channels": WIDTHS[device], "num_attention_heads": tuple(c // 64 for c in WIDTHS[device])}
+    with torch.device(device):
+        theirs, ours = UNetSpatioTemporalConditionModel(**size).to(**like), UNet(UNetConfig(**size)).to(**like)
     ours.load_state_dict(theirs.state_dict())
-    x, c = torch.randn(1, FRAMES, 8, *LATENTS, device=device), torch.full((1,), 0.3, device=device)
-    context, ids = torch.randn(1, 1, 1024, device=device), torch.tensor([[6, 127, 0.02]], device=device)
+    x, c = torch.randn(1, FRAMES, 8, *LATENTS).to(**like), torch.full((1,), 0.3, device=device)
+    context, ids = torch.randn(1, 1, 1024).to(**like), torch.tensor([[6, 127, 0.02]], device=device)
 
     def forward(model: torch.nn.Module) -> Callable:
         @torch.no_grad()
@@ -109,6 +113,9 @@ def bench_unet(device: str, rounds: int) -> None:
         pair = {name: functions[f"{name} {what}"] for name in ("diffusers", "ours")}
         times = alternate(pair, device, rounds)
         row(f"UNet {what} on {device}, time / diffusers", times["ours"], times["diffusers"], "s", budget)
+        if device == "cuda":
+            held = {name: peak_on_gpu(function) for name, function in pair.items()}
+            row(f"UNet {what} on cuda, peak memory / diffusers", held["ours"], held["diffusers"], "MB", "1.0")
 
 
 def resident() -> int:
@@ -132,6 +139,14 @@ def peak(function: Callable) -> int:
     watcher.join()
     del kept
     return most[0]
+
+
+def peak_on_gpu(function: Callable) -> float:
+    """The most MB that `function` takes on the GPU beyond what is there."""
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return (torch.cuda.max_memory_allocated() - start) / 1e6
 
 
 def in_own_process(*arguments: str) -> float:
@@ -164,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only the rows of one device")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # one measurement, in a process of its own
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -176,10 +192,12 @@ def main() -> None:
         print(f"torch {torch.__version__}, {arguments.threads} threads\n\n| what | ours | against | ratio | at most |")
         print("|---|---|---|---|---|")
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            bench_splat(device)
-            bench_unet(device, arguments.rounds)
-        bench_memory()
-        bench_demo(arguments.threads)
+            if arguments.device in (None, device):
+                bench_splat(device)
+                bench_unet(device, arguments.rounds)
+        if arguments.device != "cuda":
+            bench_memory()
+            bench_demo(arguments.threads)
 
 
 if __name__ == "__main__":
