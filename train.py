@@ -591,7 +591,8 @@ def seed_of(*numbers: int) -> int:
 def leave_process_group(worker: int) -> None:
     """For the loader's workers: what Ctrl-C sends to all processes of a terminal must not end them before the step that
     the main process still does. (Were they to ignore it, they would also ignore their end.)"""
-    os.setsid()
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
 
 
 def trim_log(path: Path, step: int) -> None:
