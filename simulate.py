@@ -607,10 +607,11 @@ def tracks(clip: Clip, points: np.ndarray) -> np.ndarray:
 
 def write_clip(job: tuple[list[Path], str, int, int, tuple[int, int]]) -> None:
     """The clip and, where there is a second path, its mirror image."""
-    paths, *told = job
+    (path, *mirror), *told = job
     clip = simulate(*told)
-    for path, made in zip(paths, (clip, clip.mirrored()), strict=False):
-        made.save(path)
+    clip.save(path)
+    for path in mirror:
+        clip.mirrored().save(path)
 
 
 def parse_size(text: str) -> tuple[int, int]:
