@@ -9,10 +9,11 @@ first frame repeated, flow 0), of "codec" (the truth through the VAE and back: n
 and of "truth" (what the measure itself says of perfect motion). Brackets are 95 % bootstrap intervals over clips.
 
 The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the instance flow of the
-object that was pushed. The clips' own truth comes from simulate.py, which also says what another push would have done.
+object that was pushed. The clips' own truth comes from clips.simulate, which also says what another push would have
+done.
 
-The measures themselves are in metrics.py. `Maps` are flow [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb
-[T, 3, H, W] of one clip, by the names of `data.Clip.tensors`.
+The measures themselves are in metrics/. `Maps` are flow [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb
+[T, 3, H, W] of one clip, by the names of `Clip.tensors`.
 """
 
 from __future__ import annotations
@@ -39,21 +40,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from data import Clip, ClipDataset
+from clips.clip import Clip, ClipDataset
 from instance_flow import instance_flow, sparse_flow
-from metrics import Maps, Scene, Sums, frechet_distance, motion_histogram  # noqa: F401 (public names of this file)
-from motion_dreamer import (
-    ABLATIONS,
-    STAGE2,
-    Motion,
-    MotionDreamer,
-    StageConfig,
-    dream,
-    round_trip,
-)
-from svd import VAE, ImageEncoder, save_safetensors
-from trackers import Pips, chain_flow, lucas_kanade
-from train import fingerprint, seed_of
+from metrics.motion import Maps, Sums
+from metrics.physics import Scene
+from metrics.trackers import Pips, chain_flow, lucas_kanade
+from motion_dreamer import ABLATIONS, STAGE2, Motion, MotionDreamer, StageConfig, dream, round_trip
+from svd import VAE, ImageEncoder
+from training.cache import fingerprint
+from training.checkpoint import seed_of
+from weights import save_safetensors
 
 STRONGER = 1.6  # how much harder the harder push is
 
@@ -124,7 +120,7 @@ def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
     meta, maps = scene.meta["arrow"], scene.truth["arrow"]
     frames, _, height, width = maps["flow"].shape
     if missing := {"scenario", "seed", "pushed", "side", "strength", "fallen", "poses"} - meta.keys():
-        raise ValueError(f"{scene.path}: its meta has no {', '.join(sorted(missing))}: it is not from simulate.py")
+        raise ValueError(f"{scene.path}: its meta has no {', '.join(sorted(missing))}: it is not from clips.simulate")
     if len(meta["poses"]) != frames + 1:
         raise ValueError(f"{scene.path}: has {len(meta['poses']) - 1} frames, the model makes {frames}")
     scene.truth["none"], scene.meta["none"] = frozen(maps), meta | {"fallen": []}
@@ -134,7 +130,7 @@ def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
             continue
         path = cache / f"{kind}-{width}x{height}x{frames}" / scene.path.name
         if not path.exists():
-            from simulate import simulate  # needs mujoco, which nothing else here does
+            from clips.simulate import simulate  # needs mujoco, which nothing else here does
 
             simulate(meta["scenario"], meta["seed"], frames, (width, height), push).save(path)
         other = truth_of(path, frames, device)
@@ -286,7 +282,7 @@ def extractors_of(arguments: argparse.Namespace, device: str) -> dict[str, list[
 
 def exact_features(scene: Scene) -> Tensor:
     """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
-    from simulate import tracks  # needs mujoco, which nothing else here does
+    from clips.simulate import tracks  # needs mujoco, which nothing else here does
 
     clip = Clip.load(scene.path, 0, metrics.WINDOW)
     return metrics.tracked_features(

@@ -15,7 +15,7 @@ Symbols, as in the paper where it has them:
     B T C H W     batch, frames, channels, height and width in pixels; h = H/f, w = W/f latent cells of a VAE of
     factor f
     I_t O_t S_t D_t   RGB frame, optical flow (t -> t+1), instance ids, depth of frame t
-    R_t           (O_t, S_t, D_t); each is rendered as a picture (data.py) and encoded by the VAE
+    R_t           (O_t, S_t, D_t); each is rendered as a picture (clips/pictures.py) and encoded by the VAE
     x_0, x_t      clean and noisy latents of what a stage predicts: x_t = x_0 + sigma * noise
     F             (masked) instance flow [B, 2, H, W] in pixels per frame step (Eq. 3, 4, 9)
     C^(s), W^(s)  first-frame features at scale s, and the same warped by F (Eq. 6-8)
@@ -42,7 +42,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import (
+from clips.pictures import (
     depth_to_picture,
     flow_to_picture,
     picture_to_depth,
@@ -52,7 +52,8 @@ from data import (
 )
 from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow
 from splat import softsplat
-from svd import VAE, ImageEncoder, UNet, UNetConfig, karras_sigmas, load_strict, resolve_source, save_safetensors
+from svd import VAE, ImageEncoder, UNet, UNetConfig, karras_sigmas
+from weights import load_strict, resolve_source, save_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -276,7 +277,7 @@ class Batch:
 
 @torch.no_grad()
 def encode_clips(clips: dict[str, Tensor], vae: VAE, image_encoder: ImageEncoder, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of clips (`data.Clip.tensors`, stacked) -> all that training needs of them, whatever the stage; can be
+    """A batch of clips (`Clip.tensors`, stacked) -> all that training needs of them, whatever the stage; can be
     cached.
 
     Latents of the four modalities and of the draft [B, T, C, h, w], first-frame pictures [B, 9, H, W], image token,

@@ -8,7 +8,7 @@
     python sample.py photo.jpg --svd WEIGHTS             # plain Stable Video Diffusion
 
 The photo may have any size: it is resized into the model's, its edge repeated where the aspect differs, and that margin
-is cut off everything that is written. Arrows and maps are in pixels of the photo (inputs.py).
+is cut off everything that is written. Arrows and maps are in pixels of the photo (inputs/photo.py).
 
 Writes video.mp4, flow.mp4, segmentation.mp4, depth.mp4, input.png (the image with its arrows), grid.gif (all side by
 side), motion.safetensors (flow in pixels, ids, depth) and run.json (settings, seconds, memory). A user's mistake is one
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import resource
 import sys
@@ -29,21 +28,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from inputs import Canvas, Inputs, fit, read_inputs
-from instance_flow import arrows_to_flow, draw_arrows, flow_to_rgb
+from inputs.arrows import arrows_to_flow
+from inputs.photo import Canvas, Inputs, fit, read_inputs
 from motion_dreamer import Motion, MotionDreamer, dream, render
+from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
 from svd import VAE, ImageEncoder, UNet, image_to_video
 
 DEMO = Path(__file__).parent / "demo"
 SVD_PIXELS = 1024 * 576  # what SVD was trained on
-LONGEST_PAUSE = 655350  # milliseconds that a frame of a GIF may last
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -192,46 +190,6 @@ def check_motion(path: Path, motion: Motion, stage: MotionDreamer, size: tuple[i
     return counts.pop()
 
 
-# -------------------------------------------------------------------------------------------------------------- outputs
-
-
-def written_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` make a file of another name and gives it the right one only when it is complete."""
-    partial = path.with_name(f"partial-{path.name}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_video(path: Path, pictures: np.ndarray, fps: float) -> None:
-    """uint8 [T, H, W, 3] -> mp4 (H.264, yuv420p, which every player opens); an odd size gets one more row or column."""
-    pictures = np.pad(pictures, ((0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)), mode="edge")
-    options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": 9, "macro_block_size": 1}
-    written_whole(path, lambda partial: iio.imwrite(partial, pictures, plugin="FFMPEG", fps=fps, **options))
-
-
-def check_output(folder: Path, width: int, height: int) -> None:
-    """Tries folder and video writer with two black frames. Raises ValueError that names the folder."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_video(folder / "check.mp4", np.zeros((2, height, width, 3), np.uint8), 7)
-        (folder / "check.mp4").unlink()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: cannot write a {width}x{height} video here: {error}") from None
-    finally:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
-
-
-def to_uint8(pictures: Tensor) -> np.ndarray:
-    """[T, 3, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
-    return ((pictures.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-
-
 def pictures_of(motion: Motion, inputs: Inputs) -> dict[str, np.ndarray]:
     """What there is of flow, segmentation and depth, as uint8 [T, H, W, 3] for people to look at."""
     pictures = {}
@@ -244,17 +202,6 @@ def pictures_of(motion: Motion, inputs: Inputs) -> dict[str, np.ndarray]:
     if motion.depth is not None:
         pictures["depth"] = to_uint8(render("depth", motion.depth, motion.depth[:, 0])[0])
     return pictures
-
-
-def write_grid(path: Path, panels: list[np.ndarray], fps: float) -> None:
-    """Videos uint8 [T, H, W, 3] side by side as a GIF, small ones enlarged by a whole number."""
-    frames = np.concatenate(panels, axis=2)
-    scale = max(1, 256 // panels[0].shape[2])
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = [Image.fromarray(frame) for frame in frames]
-    pause = min(1000 / fps, LONGEST_PAUSE)
-    settings = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": pause, "loop": 0}
-    written_whole(path, lambda partial: images[0].save(partial, **settings))
 
 
 def write_all(folder: Path, inputs: Inputs, videos: dict[str, np.ndarray], motion: Motion | None, fps: float) -> None:

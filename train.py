@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import math
 import os
-import pickle
-import shutil
 import signal
 import sys
 import time
@@ -32,14 +29,12 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import metrics
-from data import ClipDataset, ResumableSampler
+from clips.clip import ClipDataset, ResumableSampler
 from instance_flow import instance_flow, sparse_flow
 from motion_dreamer import (
     ABLATIONS,
@@ -49,13 +44,15 @@ from motion_dreamer import (
     StageConfig,
     dream,
     encode_clips,
-    gaussian,
     moves_at_once,
     render,
     round_trip,
     training_batch,
 )
-from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig, save_safetensors
+from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
+from training.cache import EncodedClips
+from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
+from training.vae import VAETraining, measure_scale
 
 
 def small_unet(widths: tuple[int, ...], heads: int, context: int, ids: int) -> UNetConfig:
@@ -180,97 +177,6 @@ def copy_weights(model: nn.Module, source: nn.Module, folder: str) -> None:
         raise ValueError(f"--start {folder}: {str(error).splitlines()[1].strip()}") from None
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """Twelve hex digits that change with any weight: latents of another VAE are never reused."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode() + value.cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-class EncodedClips(torch.utils.data.Dataset):
-    """The latent cache: `encode_clips` of every clip, computed once, in half precision, in DATA/.cache/FINGERPRINT."""
-
-    def __init__(self, clips: ClipDataset, vae: VAE, image_encoder: ImageEncoder, rank: int, world_size: int) -> None:
-        encoders = fingerprint(vae.encoder, vae.quant_conv, image_encoder)
-        folder = Path(clips.paths[0]).parent / ".cache" / f"{encoders}-{clips.frames}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.paths = [folder / path.name for path in clips.paths]
-        missing = [i for i in range(rank, len(self.paths), world_size) if not self.paths[i].exists()]
-        device = next(vae.parameters()).device
-        for i in tqdm(missing, "encoding clips", disable=not missing or rank > 0):
-            clip = {name: value[None].to(device) for name, value in clips[(i, 0)].items()}
-            encoded = encode_clips(clip, vae, image_encoder, seed=i)
-            halves = {k: v[0].half() if v.is_floating_point() else v[0] for k, v in encoded.items()}
-            save_safetensors(halves, self.paths[i])
-        if world_size > 1:
-            dist.barrier()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        path = self.paths[key[0]]
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: {error}; delete it, it will be made again") from None
-        return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-# --------------------------------------------------------------------------------------------------------- the tiny VAE
-
-
-def vae_loss(vae: VAE, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """|error| + error^2 over pictures of all four modalities (flow 3 times: its numbers count, not its looks), + 2e-5
-    KL; a sample each [B].
-
-    What is small but matters weighs more: moving pixels of the flow 13 times, objects (and what is within 2 pixels of
-    them) in segmentation 5, in depth 3, in RGB 2 times. With equal weights, a small VAE ignores the objects; were the
-    rim left out, it would make them too large. Noise on the latents (up to 0.2) makes the decoder robust.
-    """
-    first = {"rgb": None, "flow": None, "segmentation": clips["segmentation"][:, 0], "depth": clips["depth"][:, 0]}
-    objects = nn.functional.max_pool2d((clips["segmentation"] > 0).float(), 5, stride=1, padding=2)[:, :, None]
-    moving = (clips["flow"].norm(dim=2, keepdim=True) > 0.1).float()
-    weights = {"rgb": 1 + objects, "flow": 1 + 12 * moving, "segmentation": 1 + 4 * objects, "depth": 1 + 2 * objects}
-    pictures = torch.cat([render(name, clips[name], first[name]) for name in weights])  # [4 B, T, 3, H, W]
-    weight = torch.cat(list(weights.values()))  # [4 B, T, 1, H, W]
-    mean, log_variance = vae.moments(rearrange(pictures, "b t c h w -> (b t) c h w"))
-    noise, extra = (gaussian(mean.shape, generator, mean.device).to(mean) for _ in range(2))
-    extra = extra * 0.2 * torch.rand(1, generator=generator).to(mean)
-    latents = mean + (log_variance / 2).exp() * noise + extra
-    decoded = vae.decode(rearrange(latents, "(b t) c h w -> b t c h w", t=pictures.shape[1]))
-    error = (decoded.float() - pictures).abs()
-    error = (weight * (error + error**2)).mean(dim=(1, 2, 3, 4)) / weight.mean(dim=(1, 2, 3, 4))
-    kl = (mean**2 + log_variance.exp() - 1 - log_variance).mean().float() / 2
-    batch = len(objects)
-    parts = {name: part for name, part in zip(weights, error.split(batch), strict=True)}
-    return {"loss": sum(parts.values()) + 2 * parts["flow"] + 2e-5 * kl, "kl": kl.expand(batch)} | parts
-
-
-@torch.no_grad()
-def measure_scale(vae: VAE, clips: ClipDataset, count: int = 16) -> float:
-    """1 / standard deviation of the latents of the four modalities: makes them unit size, as diffusion expects."""
-    latents = []
-    for i in range(min(count, len(clips))):
-        clip = {name: value.to(next(vae.parameters()).device) for name, value in clips[(i, 0)].items()}
-        first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:1], "depth": clip["depth"][:1]}
-        latents += [vae.encode(render(name, clip[name][None], first[name])[0]) for name in first]
-    return 1 / torch.cat(latents).std().item()
-
-
-class VAETraining(nn.Module):
-    """The VAE with its loss as `forward`, so that DistributedDataParallel can wrap it."""
-
-    def __init__(self, vae: VAE) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        return vae_loss(self.vae, clips, generator)
-
-
 # ---------------------------------------------------------------------------------------------- samples while it trains
 
 
@@ -329,35 +235,6 @@ def write_samples(path: Path, made: metrics.Maps, clip: metrics.Maps) -> None:
     pixels = ((torch.cat(rows, dim=1).permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> None:
-    """step_N.pt, written whole or not at all; only the newest `keep` stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"step_{step:08d}.pt.partial"
-    torch.save(state, partial)
-    os.replace(partial, folder / f"step_{step:08d}.pt")
-    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
-        old.unlink()
-
-
-def load_checkpoint(folder: Path, device: str, settings: dict) -> dict | None:
-    """The newest checkpoint of a folder, if there is one. Raises ValueError: damaged, or made with other settings."""
-    path = max(folder.glob("step_*.pt"), default=None)
-    if path is None:
-        return None
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start anew") from None
-    for name, value in settings.items():
-        was = state.get("settings", {}).get(name, value)
-        if was != value:
-            raise ValueError(f"{path}: was trained with {name} = {was}, now {name} = {value}: take another --out")
-    return state
 
 
 @torch.no_grad()
@@ -583,25 +460,11 @@ def train(arguments: argparse.Namespace) -> None:
         print(f"{out / name}: {step} of {arguments.steps} steps" + ("; run the same command to go on" if stop else ""))
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, such that neighbours have nothing in common."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def leave_process_group(worker: int) -> None:
     """For the loader's workers: what Ctrl-C sends to all processes of a terminal must not end them before the step that
     the main process still does. (Were they to ignore it, they would also ignore their end.)"""
     if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Removes the lines after the checkpoint: those steps will be done again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(lines))
-        shutil.move(partial, path)
 
 
 def peak_memory(cuda: bool) -> int:

@@ -13,9 +13,9 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from data import Clip  # noqa: E402
+from clips import Clip  # noqa: E402
+from clips.simulate import simulate  # noqa: E402
 from instance_flow import instance_flow  # noqa: E402
-from simulate import simulate  # noqa: E402
 
 SEED = 1000001  # training ends below 1000000
 REACH = 5  # frame steps that an arrow spans at the speed of the push

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from svd import ImageEncoderConfig, UNetConfig, VAEConfig, save_safetensors
+from svd import ImageEncoderConfig, UNetConfig, VAEConfig
+from weights import save_safetensors
 
 FOLDER = Path(__file__).parent / "fixtures"
 MODELS = {

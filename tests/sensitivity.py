@@ -56,7 +56,7 @@ def degraded(maps: metrics.Maps) -> dict[str, metrics.Maps]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", metavar="DIR", help="clips of simulate.py")
+    parser.add_argument("data", metavar="DIR", help="clips of clips.simulate")
     parser.add_argument("--clips", type=int, default=24)
     arguments = parser.parse_args()
     arguments.metrics, arguments.trackers, arguments.i3d = ["fvd", "fvmd"], ["lk", "flow"], None

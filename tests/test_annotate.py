@@ -1,6 +1,5 @@
-"""annotate.py: videos to clips. Each formula against an independent statement of it."""
+"""clips/annotate.py: videos to clips. Each formula against an independent statement of it."""
 
-import argparse
 import math
 import struct
 import sys
@@ -13,17 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import annotate
-from annotate import Pictures
-from data import Clip
+from clips import Clip, annotate
+from clips.annotate import Pictures
 
 
 def command(*words) -> None:
-    """What `python data.py WORDS` does, but for the printing of errors."""
-    parser = argparse.ArgumentParser()
-    annotate.add_commands(parser.add_subparsers(required=True))
-    arguments = parser.parse_args([str(word) for word in words])
-    arguments.run(arguments)
+    """What `python -m clips.annotate WORDS` does, but for the printing of errors."""
+    annotate.run_annotate(annotate.parse_arguments([str(word) for word in words]))
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -454,7 +449,7 @@ def test_camera_motion_of_a_plane_and_of_the_simulator():
     plane = 60 / (rows + 4)  # a ground plane, seen from above
     flow = moving_camera_flow(plane, 40.0, 0.3, 0.02)
     assert annotate.camera_step(flow, plane, plane > 0, 40.0) == pytest.approx((0.3, 0.02), abs=1e-4)
-    simulate = pytest.importorskip("simulate")
+    simulate = pytest.importorskip("clips.simulate")
     for seed in range(3):
         clip = simulate.simulate("driving", seed, frames=4, size=(48, 32))
         camera = annotate.camera_motion(clip.flow[:-1], clip.depth, clip.segmentation, 50.0)
@@ -486,7 +481,7 @@ def user_folders(tmp_path):
         arrays[name] = random.uniform(1, 4, size=(19, *shape)).astype(np.float32 if name != "ids" else np.uint8)
         for number, values in enumerate(arrays[name]):
             np.save(tmp_path / name / "v" / f"{number:06d}.npy", values)
-    words = ["annotate", video, "--size", "18x12", "--fps", 10, "--frames", 4, "--camera", "none"]
+    words = [video, "--size", "18x12", "--fps", 10, "--frames", 4, "--camera", "none"]
     words += ["--flow", tmp_path / "flow", "--segmentation", tmp_path / "ids", "--depth", tmp_path / "depth"]
     return SimpleNamespace(
         words=[*words, "--out", tmp_path / "out"], arrays=arrays, out=tmp_path / "out", root=tmp_path
@@ -558,7 +553,7 @@ def test_annotate_refuses(user_folders, words, message):
 
 def test_annotate_refuses_missing_and_ambiguous_videos(user_folders):
     with pytest.raises(ValueError, match="gone.mp4: no such file"):
-        command("annotate", user_folders.root / "v.mp4", "gone.mp4", *user_folders.words[2:])
+        command(user_folders.root / "v.mp4", "gone.mp4", *user_folders.words[1:])
     other = user_folders.root / "other"
     other.mkdir()
     (other / "v.mp4").write_bytes((user_folders.root / "v.mp4").read_bytes())
@@ -576,7 +571,6 @@ def test_output_that_is_no_folder(user_folders):
 
 def test_export_writes_what_annotators_see(user_folders):
     words = [
-        "annotate",
         user_folders.root / "v.mp4",
         "--size",
         "18x12",

@@ -11,7 +11,7 @@ from PIL import Image
 
 import metrics
 from demo.widen import widen
-from instance_flow import Arrows, arrows_to_flow
+from inputs import Arrows, arrows_to_flow
 from motion_dreamer import STAGE1, MotionDreamer, dream
 from svd import VAE, ImageEncoder
 from tests.test_motion_dreamer import SMALL, random_condition

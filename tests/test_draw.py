@@ -1,4 +1,4 @@
-"""draw.html in a headless Chromium, as a user would: draw, save, open again, and let the product read the files.
+"""page/draw.html in a headless Chromium, as a user would: draw, save, open again, and let the product read the files.
 
 Chromium is driven through chromedriver in the W3C WebDriver protocol, plain JSON over HTTP; without both of them the
 tests are skipped. A picture of the page, for the README:
@@ -24,10 +24,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from data import read_rgb, read_segmentation
-from instance_flow import Arrows, apply_shapes, arrows_to_flow, color_wheel, flow_to_rgb, grow_region
+from inputs import Arrows, apply_shapes, arrows_to_flow, read_rgb, read_segmentation
+from inputs.find import grow_region
+from show import color_wheel, flow_to_rgb
 
-PAGE = Path(__file__).parents[1] / "draw.html"
+PAGE = Path(__file__).parents[1] / "page" / "draw.html"
 PROGRAMS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"),
     "chromedriver": ("chromedriver",),

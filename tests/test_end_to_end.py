@@ -7,7 +7,7 @@ import torch
 from tiny import TINY, moving_squares
 
 import train
-from data import Clip
+from clips import Clip
 from instance_flow import instance_flow
 from motion_dreamer import MotionDreamer, dream
 from svd import VAE, ImageEncoder

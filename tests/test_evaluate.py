@@ -17,10 +17,11 @@ from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
 import evaluate
 import metrics
 from evaluate import frozen, truth_of
+from metrics import frechet
+from metrics.trackers import Pips, chain_flow, lucas_kanade
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2
-from trackers import Pips, chain_flow, lucas_kanade
 
-simulate = pytest.importorskip("simulate")
+simulate = pytest.importorskip("clips.simulate")
 from tracking import object_pixels, simulated, tracking_errors  # noqa: E402 (it needs the simulator)
 
 
@@ -410,7 +411,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(metrics, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
     monkeypatch.setattr(evaluate, "lucas_kanade", partial(lucas_kanade, levels=1, iterations=1))
     told = ["--model", folders / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
     told += ["--batch", 2, "--quiet", "--json", tmp_path / "all.json", "--clips", 2]
@@ -463,7 +464,7 @@ def test_table_1(folders, monkeypatch, capsys, tmp_path):
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(evaluate, "train", train)
-    monkeypatch.setattr(metrics, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
     told = [
         "--trackers",
         "flow",
@@ -508,7 +509,7 @@ def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
 
 
 def test_what_was_measured_for_one_model_serves_the_next(folders, monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
     told = ["--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1, "--quiet", "--clips", 2]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, told), "--model", "x"])
     arguments = evaluate.parse_arguments()

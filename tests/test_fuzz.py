@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inputs import fit, read_inputs
-from instance_flow import Arrows, apply_shapes, arrows_to_flow
+from inputs import Arrows, apply_shapes, arrows_to_flow
+from inputs.photo import fit, read_inputs
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -1,6 +1,5 @@
-"""physion.py: trials to clips. The files are written here in the schema that Physion's have; flow in closed form."""
+"""clips/physion.py: trials to clips. Files are written here in the schema that Physion's have; flow in closed form."""
 
-import argparse
 import io
 import math
 import sys
@@ -11,16 +10,12 @@ import pytest
 from PIL import Image
 from test_annotate import names_in, noise, stand_in_torchvision
 
-import physion
-from data import Clip
+from clips import Clip, physion
 
 
 def command(*words) -> None:
-    """What `python data.py WORDS` does, but for the printing of errors."""
-    parser = argparse.ArgumentParser()
-    physion.add_commands(parser.add_subparsers(required=True))
-    arguments = parser.parse_args([str(word) for word in words])
-    arguments.run(arguments)
+    """What `python -m clips.physion WORDS` does, but for the printing of errors."""
+    physion.run_physion(physion.parse_arguments([str(word) for word in words]))
 
 
 def test_h5py_is_optional(monkeypatch):
@@ -246,7 +241,7 @@ def test_a_resized_trial(tmp_path, size):
 def test_physion_from_the_command_line(tmp_path):
     scene = Spheres(33, 47, False)
     paths = [write_trial(tmp_path / f"{name}.hdf5", scene, cam0=cam0) for name, cam0 in (("a", False), ("b", True))]
-    words = ["physion", *paths, "--out", tmp_path / "out", "--step", 2, "--frames", 3, "--size", "94x66"]
+    words = [*paths, "--out", tmp_path / "out", "--step", 2, "--frames", 3, "--size", "94x66"]
     command(*words)
     assert names_in(tmp_path / "out") == ["a.safetensors", "b.safetensors"]
     clip = Clip.load(tmp_path / "out" / "b.safetensors")
@@ -258,7 +253,7 @@ def test_physion_from_the_command_line(tmp_path):
 
 def test_a_trial_without_depth_needs_an_estimator(tmp_path, monkeypatch):
     path = write_trial(tmp_path / "t.hdf5", Spheres(33, 47, False), without=("_depth",))
-    words = ["physion", path, "--out", tmp_path / "out", "--frames", 3]
+    words = [path, "--out", tmp_path / "out", "--frames", 3]
     with pytest.raises(ValueError, match=r"t\.hdf5: has no depth, poses or camera, so no exact flow; give --flow raft"):
         command(*words)
     assert not (tmp_path / "out").exists()
@@ -298,7 +293,7 @@ def test_cloth_is_not_rigid(tmp_path):
 def test_physion_refuses(tmp_path, without, words, message):
     path = write_trial(tmp_path / "t.hdf5", Spheres(16, 21, False), without=without)
     with pytest.raises(ValueError, match=message):
-        command("physion", path, "--out", tmp_path / "out", *words)
+        command(path, "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
 
 

@@ -26,7 +26,7 @@ def test_every_function_of_the_paper_table_is_there_and_names_its_source():
         docs = ""
         for name in code.split(", "):
             file, path = name.split(":")
-            thing = importlib.import_module(file.removesuffix(".py"))
+            thing = importlib.import_module(file.removesuffix(".py").replace("/", "."))
             docs += thing.__doc__
             for part in path.split("."):
                 thing = getattr(thing, part)
@@ -41,6 +41,7 @@ def test_every_file_of_the_tree_is_there_and_every_module_in_the_tree():
     names = {line.split()[0].rstrip("/") for line in tree if line.strip()}
     assert all((ROOT / name).exists() for name in names)
     assert {path.name for path in ROOT.glob("*.py")} <= names
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= names
 
 
 @functools.cache
@@ -49,7 +50,10 @@ def help_of(*words):
     return told.stdout
 
 
-@pytest.mark.parametrize("script", ["simulate.py", "data.py", "train.py", "sample.py", "evaluate.py"])
+CLIPS = [f"-m clips.{name}" for name in ("simulate", "check", "annotate", "physion")]
+
+
+@pytest.mark.parametrize("script", [*CLIPS, "train.py", "sample.py", "evaluate.py"])
 def test_every_flag_of_every_command_is_known(script):
     commands = [
         line.split("#")[0]
@@ -59,7 +63,7 @@ def test_every_flag_of_every_command_is_known(script):
     assert commands
     for command in commands:
         words = command.split(script, 1)[1].split()
-        told = help_of(script, *words[: script == "data.py"])
+        told = help_of(*script.split())
         for flag in re.findall(r"--[a-z-]+", " ".join(words)):
             assert flag in told, f"{command}: {flag}"
 

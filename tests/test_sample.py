@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import sample
+import show
+from inputs.find import at_hand
+from inputs.photo import fit, read_inputs
 from motion_dreamer import STAGE1, STAGE2, Motion
 from svd import UNet
 
@@ -131,7 +134,7 @@ def test_plain_svd(given, monkeypatch):
 
 def test_odd_sizes_gain_a_row_or_a_column(tmp_path):
     pictures = np.random.default_rng(0).integers(256, size=(3, 15, 21, 3), dtype=np.uint8)
-    sample.write_video(tmp_path / "odd.mp4", pictures, 7)
+    show.write_video(tmp_path / "odd.mp4", pictures, 7)
     assert iio.imread(tmp_path / "odd.mp4", plugin="FFMPEG").shape == (3, 16, 22, 3)
 
 
@@ -309,8 +312,8 @@ def test_an_arrow_lands_on_the_same_object_and_scales_with_it(tmp_path, monkeypa
     photo(tmp_path, width, height)
     told = [str(tmp_path / name) for name in ("photo.png", "photo.json")]
     monkeypatch.setattr(sys, "argv", ["sample.py", *told])
-    inputs = sample.read_inputs(sample.parse_arguments(), told[1], "cpu")
-    fitted, canvas = sample.fit(inputs, WIDTH, HEIGHT)
+    inputs = read_inputs(sample.parse_arguments(), told[1], "cpu")
+    fitted, canvas = fit(inputs, WIDTH, HEIGHT)
     (h, w), scale = canvas.inner, min(WIDTH / width, HEIGHT / height)
     assert (h, w) == (round(height * scale), round(width * scale)) and (h == HEIGHT or w == WIDTH)
     image, ids, depth, F, _ = (value[0] for value in fitted.told(5, canvas, "cpu"))
@@ -361,13 +364,13 @@ def test_rotated_transparent_deep_and_palette_pictures(tmp_path, monkeypatch):
     Image.fromarray(rgb).quantize(4).save(tmp_path / "palette.gif")
     for path in tmp_path.iterdir():
         monkeypatch.setattr(sys, "argv", ["sample.py", str(path)])
-        fitted, canvas = sample.fit(sample.read_inputs(sample.parse_arguments(), None, "cpu"), WIDTH, HEIGHT)
+        fitted, canvas = fit(read_inputs(sample.parse_arguments(), None, "cpu"), WIDTH, HEIGHT)
         assert canvas.inner == (16, 24)
         assert np.abs(fitted.rgb[:, :11].astype(int) - (200, 0, 0)).max() < 30, path
         assert fitted.rgb[:, 13:].min() > 225, path
     Image.fromarray(np.full((20, 30), 40000, np.uint16)).save(tmp_path / "deep.png")
     monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "deep.png")])
-    assert (sample.read_inputs(sample.parse_arguments(), None, "cpu").rgb == 40000 >> 8).all()
+    assert (read_inputs(sample.parse_arguments(), None, "cpu").rgb == 40000 >> 8).all()
 
 
 def test_plain_svd_takes_any_size_and_a_single_file(given, monkeypatch):
@@ -408,7 +411,7 @@ def test_samples_and_arrows_files_have_folders_of_their_own(given, monkeypatch):
 @pytest.mark.parametrize("fps", [0.001, 1000])
 def test_a_gif_of_any_speed(tmp_path, fps):
     frames = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
-    sample.write_grid(tmp_path / "grid.gif", [frames], fps)
+    show.write_grid(tmp_path / "grid.gif", [frames], fps)
     with Image.open(tmp_path / "grid.gif") as grid:
         assert grid.n_frames == 2
 
@@ -487,7 +490,7 @@ def test_sam_finds_the_object_and_depth_anything_the_depth(given, monkeypatch, c
         (["--depth", "none"], "; no depth"),
     ):  # auto: both folders are here
         monkeypatch.setattr(sys, "argv", ["sample.py", *given.command(*models, *extra)])
-        inputs = sample.read_inputs(sample.parse_arguments(), str(given.folder / "arrows.json"), "cpu")
+        inputs = read_inputs(sample.parse_arguments(), str(given.folder / "arrows.json"), "cpu")
         assert inputs.origin == f"objects: what {sam} sees{ending}"
     capsys.readouterr()
     for wrong in (["--segment", "sam", "--segment-model", depth], ["--depth", "estimate", "--depth-model", sam]):
@@ -499,7 +502,7 @@ def test_sam_finds_the_object_and_depth_anything_the_depth(given, monkeypatch, c
 
 @pytest.mark.parametrize(("flag", "word"), [("--segment", "sam"), ("--depth", "estimate")])
 def test_without_transformers(given, monkeypatch, capsys, flag, word):
-    monkeypatch.setattr("inputs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("inputs.find.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         given.run(monkeypatch, flag, word)
     assert stop.value.code == 2
@@ -508,12 +511,10 @@ def test_without_transformers(given, monkeypatch, capsys, flag, word):
     unnamed(given)
     given.change(depth=None)
     monkeypatch.setattr(sys, "argv", ["sample.py", *given.command()])
-    inputs = sample.read_inputs(sample.parse_arguments(), str(given.folder / "arrows.json"), "cpu")
+    inputs = read_inputs(sample.parse_arguments(), str(given.folder / "arrows.json"), "cpu")
     assert inputs.origin == "objects: the region of similar colour; no depth"
 
 
 def test_auto_never_downloads(monkeypatch, capsys):
-    import inputs
-
-    monkeypatch.setattr("inputs.importlib.util.find_spec", lambda name: True)
-    assert not inputs.at_hand("facebook/no-such-model") and not inputs.at_hand("no folder")
+    monkeypatch.setattr("inputs.find.importlib.util.find_spec", lambda name: True)
+    assert not at_hand("facebook/no-such-model") and not at_hand("no folder")

@@ -1,4 +1,4 @@
-"""simulate.py against physics and geometry: flow by warping, depth by ray and plane, pushes by re-simulation."""
+"""clips/simulate.py against physics and geometry: flow by warping, depth by ray and plane, pushes by re-simulation."""
 
 import math
 import subprocess
@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data import CAMERA_YAW_UNIT, Clip
-from simulate import SCENARIOS, project, simulate, tracks
+from clips import CAMERA_YAW_UNIT, Clip
+from clips.simulate import SCENARIOS, project, simulate, tracks
 
 SIZE = (96, 48)
 
@@ -212,7 +212,9 @@ def test_bad_arguments_are_named():
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "simulate.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "clips.simulate", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):

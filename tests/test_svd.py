@@ -8,7 +8,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import svd
 from svd import (
     VAE,
     ImageEncoder,
@@ -18,10 +17,9 @@ from svd import (
     VAEConfig,
     image_to_video,
     karras_sigmas,
-    load_strict,
-    resolve_source,
 )
 from tests.make_fixtures import FOLDER, MODELS, fill, inputs, outputs, reference
+from weights import load_strict, resolve_source, single_file_table
 
 CLASSES = {"unet": UNet, "vae": VAE, "image_encoder": ImageEncoder}
 TINY = UNetConfig(
@@ -437,7 +435,7 @@ def test_failed_save_keeps_the_old_file(saved, monkeypatch):
         filename.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(svd, "save_file", broken)
+    monkeypatch.setattr("weights.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         tiny(seed=1).save_pretrained(folder)
     assert path.read_bytes() == before
@@ -465,7 +463,7 @@ def test_hub_downloads_only_what_is_needed(monkeypatch, tmp_path):
             (tmp_path / "unet/diffusion_pytorch_model.safetensors").touch()
         return str(tmp_path)
 
-    monkeypatch.setattr(svd, "snapshot_download", snapshot)
+    monkeypatch.setattr("weights.snapshot_download", snapshot)
     assert resolve_source("some/model", "unet") == tmp_path / "unet"
     assert asked[0] == ("some/model", ["unet/config.json", "unet/*.fp16.safetensors"])  # first choice
     assert len(asked) == 2 and "unet/config.json" in asked[1][1]  # nothing came: full precision
@@ -496,7 +494,7 @@ def test_hub_errors_say_what_to_do(kind, advice, monkeypatch):
     def snapshot(repo, allow_patterns):
         raise error.__new__(error)
 
-    monkeypatch.setattr(svd, "snapshot_download", snapshot)
+    monkeypatch.setattr("weights.snapshot_download", snapshot)
     with pytest.raises(ValueError, match=advice) as caught:
         resolve_source("some/model", "unet")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("some/model: ")
@@ -648,7 +646,7 @@ KNOWN_NAMES = {  # of svd.safetensors
 
 def full_table(name):
     with torch.device("meta"):
-        return svd.single_file_table(CLASSES[name](CLASSES[name].CONFIG()))
+        return single_file_table(CLASSES[name](CLASSES[name].CONFIG()))
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -698,7 +696,7 @@ def single_file(path, half=False, **changes):
     """Three random models in one file of the original layout, with what no part of ours needs."""
     models, tensors = {name: fill(CLASSES[name](config), 3) for name, config in SMALL.items()}, {}
     for model in models.values():
-        weights, table = model.state_dict(), svd.single_file_table(model)
+        weights, table = model.state_dict(), single_file_table(model)
         for name, key in table.items():
             value = weights[name]
             if ".in_proj_" in key:

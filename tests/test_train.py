@@ -18,9 +18,11 @@ from PIL import Image
 from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import train
-from data import ResumableSampler
+from clips import ResumableSampler
 from motion_dreamer import STAGE1, MotionDreamer, render
 from svd import VAE, ImageEncoder, UNet
+from training import checkpoint
+from training.vae import vae_loss
 
 ROOT = Path(__file__).parent.parent
 PRESET = train.PRESETS["tiny"]  # what other processes see
@@ -128,14 +130,14 @@ def test_checkpoints_are_whole_and_only_the_newest_stay(monkeypatch, clips, out,
     def crash(*_):
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(train.os, "replace", crash)  # between writing and naming
+    monkeypatch.setattr(checkpoint.os, "replace", crash)  # between writing and naming
     with pytest.raises(RuntimeError):
-        train.save_checkpoint(folder, 4, {"step": 4}, 2)
+        checkpoint.save_checkpoint(folder, 4, {"step": 4}, 2)
     monkeypatch.undo()
     assert (folder / "step_00000004.pt").read_bytes() == saved
     (folder / "step_00000004.pt").write_bytes(saved[: len(saved) // 2])
     with pytest.raises(ValueError, match=r"step_00000004.pt: cannot be read .*; delete it"):
-        train.load_checkpoint(folder, "cpu", {})
+        checkpoint.load_checkpoint(folder, "cpu", {})
 
 
 def test_the_model_folder_holds_the_moving_average(monkeypatch, clips, out):
@@ -177,7 +179,7 @@ class Blank(torch.nn.Module):
 
 def test_vae_loss_against_a_loop_over_pixels():
     clips = torch.utils.data.default_collate([moving_squares(seed).tensors() for seed in (0, 1)])
-    losses = train.vae_loss(Blank(), clips, torch.Generator().manual_seed(0))
+    losses = vae_loss(Blank(), clips, torch.Generator().manual_seed(0))
     ids, total = clips["segmentation"], torch.zeros(2)
     for name in ("rgb", "flow", "segmentation", "depth"):
         for b in range(2):
@@ -242,7 +244,7 @@ def test_data_and_randomness_of_a_step_are_functions_of_seed_rank_and_step(monke
         for item in batch:
             truth = moving_squares(next(order)[0]).segmentation[0]
             assert (item.numpy() == truth).all()
-    assert len({train.seed_of(*numbers) for numbers in np.ndindex(3, 2, 5, 2)}) == 60
+    assert len({checkpoint.seed_of(*numbers) for numbers in np.ndindex(3, 2, 5, 2)}) == 60
 
 
 def test_figures_of_the_truth_are_perfect_and_those_of_a_shifted_clip_are_not():

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Clip
+from clips import Clip
 from motion_dreamer import MotionDreamer, StageConfig
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
 

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import simulate  # noqa: E402
-from data import Clip  # noqa: E402
-from trackers import lucas_kanade  # noqa: E402
+from clips import Clip, simulate  # noqa: E402
+from metrics.trackers import lucas_kanade  # noqa: E402
 
 
 def simulated(scenario: str, seed: int, rate: int) -> Clip:

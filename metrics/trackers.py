@@ -1,4 +1,4 @@
-"""Point trackers for FVMD (metrics.py): where do the points of the first frame go?
+"""Point trackers for FVMD (frechet.py): where do the points of the first frame go?
 
     chain_flow     along given optical flow: the tracker of Stage I's own motion
     lucas_kanade   on pictures, without weights

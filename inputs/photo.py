@@ -12,24 +12,79 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from data import read_depth, read_rgb, read_segmentation
-from instance_flow import Arrows, Finder, apply_shapes, arrows_to_flow, grow_region
+from inputs.arrows import Arrows, apply_shapes, arrows_to_flow
+from inputs.find import at_hand, choose_finder, estimate_depth, grow_region
 
-SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in [0, 1], of ImageNet
-NEAREST_TO_FARTHEST = 10.0  # of an estimated depth, which knows an order and no distances
+# -------------------------------------------------------------------------------------- pictures that a user brings
+
+
+def _open_picture(path: str | os.PathLike) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(Image.open(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{path}: {reason}") from None
+
+
+def read_rgb(path: str | os.PathLike) -> np.ndarray:
+    """A picture file as uint8 [H, W, 3]: upright by its EXIF tag, transparent parts over white, 16 bit cut to 8."""
+    picture = _open_picture(path)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def read_segmentation(path: str | os.PathLike) -> np.ndarray:
+    """Ids uint8 [H, W] from a gray or palette picture (value = id) or a colour picture (colour = object, black = 0)."""
+    picture = _open_picture(path)
+    if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 255:
+            raise ValueError(f"{path}: holds the id {values.max()}, expected 0 to 255")
+        return values.astype(np.uint8)
+    packed = np.asarray(picture.convert("RGB")).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    colors, ids = np.unique(np.append(packed, 0), return_inverse=True)  # black is always among them, and first
+    if len(colors) > 256:
+        raise ValueError(f"{path}: has {len(colors)} colours, expected one for each object, 255 at most")
+    return ids[:-1].reshape(packed.shape).astype(np.uint8)
+
+
+def read_depth(path: str | os.PathLike) -> np.ndarray:
+    """Depth float32 [H, W] in any unit from a gray picture (8 or 16 bit, larger = farther) or a .npy file.
+
+    Raises ValueError when a value is not a positive number: zero is how depth cameras mark "unknown".
+    """
+    if Path(path).suffix == ".npy":
+        try:
+            depth = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    else:
+        picture = _open_picture(path)
+        depth = np.asarray(picture if picture.mode[0] in "IF" else picture.convert("L"))
+    if depth.ndim != 2:
+        raise ValueError(f"{path}: has shape {depth.shape}, expected [H, W]")
+    depth = depth.astype(np.float32)
+    if not (np.isfinite(depth) & (depth > 0)).all():
+        raise ValueError(f"{path}: holds the depth {np.nan_to_num(depth, nan=0.0).min():g}, expected positive numbers")
+    return depth
 
 
 @dataclass
@@ -107,7 +162,7 @@ def _nearest(values: Tensor, height: int, width: int) -> Tensor:
 
 
 def _read(read: Callable[[str], np.ndarray], path: str, rgb: np.ndarray | None = None) -> np.ndarray:
-    """A picture file by one of data.py's readers; a map must have the size of `rgb`. Raises ValueError or
+    """A picture file by one of the readers above; a map must have the size of `rgb`. Raises ValueError or
     FileNotFoundError that name the file, also of one that is damaged behind its header."""
     try:
         value = read(path)
@@ -153,94 +208,3 @@ def read_or_estimate_depth(
     if told == "estimate" or (told == "auto" and not arguments.svd and at_hand(model)):
         return estimate_depth(rgb, model, device, local=told == "auto"), f"depth by {model}"
     return None, "no depth"
-
-
-def choose_finder(arguments: argparse.Namespace, device: str) -> tuple[Finder, str]:
-    """`--segment` -> what finds the object under an arrow's tail, and its name."""
-    told, model = arguments.segment, arguments.segment_model
-    if told == "sam" or (told == "auto" and at_hand(model)):
-        return sam_finder(model, device, local=told == "auto"), f"what {model} sees"
-    return {"auto": grow_region, "none": find_nothing}[told], "the region of similar colour"
-
-
-def find_nothing(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
-    raise ValueError("names no object, and --segment is none: give it an instance, box, polygon or mask")
-
-
-# ------------------------------------------------------------------------------------------- optional: transformers
-
-
-def at_hand(model: str) -> bool:
-    """Whether transformers and the weights of a hub id or folder are here, so that nothing would be downloaded."""
-    if importlib.util.find_spec("transformers") is None:
-        return False
-    try:
-        return Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "model.safetensors"), str)
-    except HFValidationError:
-        return False
-
-
-def _load(flag: str, class_name: str, name: str, local: bool) -> Any:  # noqa: ANN401
-    """A model or processor of transformers from a hub id or folder. Raises ValueError of one line that names flag and
-    model, also where weights are missing, which transformers would fill with random numbers."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    local = local or Path(name).is_dir()  # else the hub is asked for what a folder lacks
-    settings = {} if class_name == "AutoImageProcessor" else {"output_loading_info": True}
-    try:
-        loaded = getattr(transformers, class_name).from_pretrained(name, local_files_only=local, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--{flag} {name}: {reason}") from None
-    if not settings:
-        return loaded
-    model, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(f"--{flag} {name}: these are not the weights of a {type(model).__name__}")
-    return model.eval()
-
-
-def sam_finder(name: str, device: str, local: bool) -> Finder:
-    """SAM 2 as a finder: the mask, of its three for a point, that it is surest of. The picture is looked at once."""
-    model, seen = _load("segment-model", "Sam2Model", name, local).to(device), []
-    side = model.config.prompt_encoder_config.image_size  # 1024, whatever the picture's aspect
-
-    @torch.no_grad()
-    def find(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
-        height, width = image.shape[:2]
-        if not seen:
-            x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-            x = nnf.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
-            mean, std = (torch.tensor(value).view(3, 1, 1) for value in (SAM_MEAN, SAM_STD))
-            seen.append(model.get_image_embeddings(((x - mean) / std).to(device)))
-        place = [point[0] * side / width - 0.5, point[1] * side / height - 0.5]  # SAM counts pixel centres
-        points, labels = torch.tensor([[[place]]], device=device), torch.ones(1, 1, 1, dtype=torch.int, device=device)
-        out = model(image_embeddings=list(seen[0]), input_points=points, input_labels=labels)
-        best = out.pred_masks[0, 0, out.iou_scores[0, 0].argmax()][None, None].float()
-        mask = (nnf.interpolate(best, size=(height, width), mode="bilinear") > 0)[0, 0].cpu().numpy()
-        if not mask.any():
-            raise ValueError(f"{name} sees nothing at ({point[0]:g}, {point[1]:g}); give it a box, polygon or mask")
-        return mask
-
-    return find
-
-
-@torch.no_grad()
-def estimate_depth(rgb: np.ndarray, name: str, device: str, local: bool) -> np.ndarray:
-    """Depth-Anything-V2: uint8 [H, W, 3] -> float32 [H, W], 1 (nearest) to 10; raises ValueError for NaN.
-
-    The network tells inverse depth up to scale and shift. Any choice of both that keeps it positive is as good: the
-    model sees inverse depth in the first frame's range (data.py:depth_to_picture).
-    """
-    processor = _load("depth-model", "AutoImageProcessor", name, local)
-    model = _load("depth-model", "AutoModelForDepthEstimation", name, local).to(device)
-    given = processor(images=Image.fromarray(rgb), return_tensors="pt").to(device)
-    found = processor.post_process_depth_estimation(model(**given), target_sizes=[rgb.shape[:2]])
-    inverse = found[0]["predicted_depth"].float().cpu()
-    if not torch.isfinite(inverse).all():
-        raise ValueError(f"--depth-model {name}: its depth is not finite")
-    low, high = inverse.min(), inverse.max()
-    near = (inverse - low) / (high - low) if high > low else torch.ones_like(inverse)  # 0 .. 1
-    return (1 / (near + (1 - near) / NEAREST_TO_FARTHEST)).numpy()

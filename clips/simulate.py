@@ -1,6 +1,6 @@
 """Physion-like clips with exact optical flow, instance ids and depth: MuJoCo's physics and MuJoCo's ray casting.
 
-    python simulate.py data --clips 2000 --scenario dominoes,collide --size 128x64 --frames 16 --workers 2 --seed 0
+    python -m clips.simulate data --clips 2000 --scenario dominoes,collide --size 128x64 --workers 2 --seed 0
 
 Eight scenarios: dominoes, collide, drop, roll, support (a stack that loses its base), contain, link (joined bodies) and
 driving (the camera is on a car). One object is pushed; everything else follows from physics. No OpenGL: pictures come
@@ -32,7 +32,7 @@ import mujoco
 import numpy as np
 from tqdm import tqdm
 
-from data import CAMERA_YAW_UNIT, Clip
+from clips.clip import CAMERA_YAW_UNIT, Clip
 
 FRAME_TIME = 0.1  # seconds between frames
 TIMESTEP = 0.0025  # of the physics
@@ -643,7 +643,7 @@ def main() -> None:
             raise ValueError("--size, --clips, --frames, --workers, --seed: expected 8 pixels, 1, 1, 1, 0 at least")
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        print(f"simulate.py: {error}", file=sys.stderr)
+        print(f"clips.simulate: {error}", file=sys.stderr)
         sys.exit(2)
     jobs = []
     for i in range(arguments.clips):

@@ -1,7 +1,7 @@
 """Clips from real videos (section 4 of the paper trains on driving videos), with annotators that other people trained.
 
-    python data.py annotate VIDEO... --out DIR        # flow by RAFT, ids by SAM 2, depth by Depth Anything V2
-    python data.py annotate VIDEO... --export FRAMES  # only write what annotators see: FRAMES/VIDEO/000000.png ...
+    python -m clips.annotate VIDEO... --out DIR        # flow by RAFT, ids by SAM 2, depth by Depth Anything V2
+    python -m clips.annotate VIDEO... --export FRAMES  # only write what annotators see: FRAMES/VIDEO/000000.png ...
 
 Each annotator may be replaced by a folder with one file a frame, FOLDER/VIDEO/000000.npy and so on, where VIDEO is the
 file's name without its ending and frames are counted as `--export` counts them:
@@ -10,7 +10,7 @@ file's name without its ending and frames are counted as `--export` counts them:
     --depth FOLDER          .npy [H, W] or .png (8 or 16 bit, larger = farther), positive
 
 The models are optional packages (torchvision, transformers) and are imported only where an option asks for them.
-To resume, run the same command again: clips that exist are skipped. Letters are those of data.py.
+To resume, run the same command again: clips that exist are skipped. Letters are those of clip.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import importlib
 import math
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import CAMERA_YAW_UNIT, Clip, read_depth, read_segmentation
+from clips.clip import CAMERA_YAW_UNIT, Clip
+from inputs import read_depth, read_segmentation
 
 CUT = 0.5  # of the pixels change their colour class at a scene cut
 BUCKET_SPEED = 0.1  # picture heights a second that are motion bucket 127, SVD's default
@@ -402,7 +404,7 @@ def camera_step(flow: np.ndarray, depth: np.ndarray, still: np.ndarray, focal: f
 
 
 def camera_motion(flow: np.ndarray, depth: np.ndarray, segmentation: np.ndarray, fov: float) -> np.ndarray:
-    """Flow [T - 1, 2, H, W], depth and ids [T, H, W] -> (forward, yaw) in data.py's units, the mean of all steps.
+    """Flow [T - 1, 2, H, W], depth and ids [T, H, W] -> (forward, yaw) in clip.py's units, the mean of all steps.
 
     fov: the vertical field of view of the clip's pictures, degrees. `forward` is in the unit of depth: metres only
     where depth is. Raises ValueError where a frame shows no background.
@@ -518,7 +520,7 @@ def check_numbers(arguments: argparse.Namespace, least: dict[str, int]) -> None:
 
 
 def run_annotate(arguments: argparse.Namespace) -> None:
-    """`data.py annotate`. Raises ValueError, one line; what can be checked is checked before anything is annotated."""
+    """Raises ValueError, one line; what can be checked is checked before anything is annotated."""
     size, paths, fps = parse_size(arguments.size), by_stem(arguments.videos), arguments.fps
     check_numbers(arguments, {"frames": 2, "fps": 1, "fov": 1})
     if arguments.fov >= 180:
@@ -547,10 +549,8 @@ def add_models(parser: argparse.ArgumentParser, flow: str, depth: str) -> None:
     parser.add_argument("--depth-model", default="depth-anything/Depth-Anything-V2-Small-hf", metavar="HUB_ID_OR_DIR")
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Adds `annotate`; the parsed arguments hold in `run` who does it."""
-    parser = commands.add_parser("annotate", help="real videos to clips: flow, ids, depth, camera")
-    parser.set_defaults(run=run_annotate)
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", metavar="DIR")
@@ -563,3 +563,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--segmentation-model", default="facebook/sam2.1-hiera-tiny", metavar="HUB_ID_OR_DIR")
     parser.add_argument("--camera", choices=("flow", "none"), default="flow", help="none: it stands still")
     parser.add_argument("--fov", type=float, default=50.0, help="vertical field of view of the clip, degrees")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        run_annotate(arguments)
+    except (ValueError, OSError) as error:
+        print(f"clips.annotate: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """Clips from Physion's trials (section 4 of the paper), the HDF5 files that ThreeDWorld (TDW) wrote.
 
-    python data.py physion TRIAL.hdf5... --out DIR    # ids, depth and poses of the trial itself: flow is exact
+    python -m clips.physion TRIAL.hdf5... --out DIR    # ids, depth and poses of the trial itself: flow is exact
 
 Reads both namings, Physion's (`_img`) and Physion 1.5's (`_img_cam0`). A trial without depth or poses needs an
-estimator of annotate.py, or a folder with a file for each kept frame, FOLDER/TRIAL/000000.npy ...: `--flow raft`.
-Needs h5py. To resume, run the same command again: clips that exist are skipped. Letters are those of data.py.
+estimator of clips.annotate, or a folder with a file for each kept frame, FOLDER/TRIAL/000000.npy ...: `--flow raft`.
+Needs h5py. To resume, run the same command again: clips that exist are skipped. Letters are those of clip.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from annotate import (
+from clips.annotate import (
     Annotator,
     Pictures,
     Size,
@@ -39,10 +40,11 @@ from annotate import (
     with_bucket,
     with_last,
 )
-from data import CAMERA_YAW_UNIT, Clip
+from clips.clip import CAMERA_YAW_UNIT, Clip
 
 if TYPE_CHECKING:
     import h5py
+
 
 TDW_NEAR, TDW_FAR = 0.1, 100.0  # metres, the clipping planes of ThreeDWorld's camera
 TDW_FPS = 30.0
@@ -135,7 +137,7 @@ def rigid_flow(depth: np.ndarray, ids: np.ndarray, here: View, there: View) -> n
 
 
 def view_motion(here: View, there: View) -> tuple[float, float]:
-    """(forward in metres, yaw in data.py's unit) of the camera between two views."""
+    """(forward in metres, yaw in clip.py's unit) of the camera between two views."""
     step = there.camera @ np.linalg.inv(here.camera)
     return step[2, 3], math.atan2(step[0, 2], step[0, 0]) / CAMERA_YAW_UNIT
 
@@ -143,7 +145,7 @@ def view_motion(here: View, there: View) -> tuple[float, float]:
 def trial_meta(file: h5py.File, frames: list[h5py.Group], kept: range) -> dict:
     """Truth in our ids (i + 1 for row i of static/object_ids), with frame steps of the clip.
 
-    contacts: [id, id, first frame step in which they touch], as in simulate.py; labels: every yes-or-no label, true
+    contacts: [id, id, first frame step in which they touch], as in clips.simulate; labels: every yes-or-no label, true
     when it is true in some frame of the trial; target, zone, probe: ids, 0 where unknown.
     """
     ids = {number: i for i, number in enumerate(file["static/object_ids"][()].ravel().tolist(), start=1)}
@@ -249,7 +251,7 @@ def read_trial(
 
 
 def run_physion(arguments: argparse.Namespace) -> None:
-    """`data.py physion`. Raises ValueError, one line."""
+    """Raises ValueError, one line."""
     size, paths = arguments.size and parse_size(arguments.size), by_stem(arguments.trials)
     check_numbers(arguments, {"frames": 2, "step": 1, "start": 0})
     out = output_folder(arguments.out)
@@ -262,10 +264,8 @@ def run_physion(arguments: argparse.Namespace) -> None:
             (resize_clip(clip, size) if size else clip).save(file)
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Adds `physion`; the parsed arguments hold in `run` who does it."""
-    parser = commands.add_parser("physion", help="trials of Physion (ThreeDWorld, HDF5) to clips")
-    parser.set_defaults(run=run_physion)
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("trials", nargs="+", metavar="TRIAL.hdf5")
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--start", type=int, default=0, help="first frame")
@@ -273,3 +273,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--frames", type=int, help="of a clip (default: to the end of the trial)")
     parser.add_argument("--size", help="WIDTHxHEIGHT (default: as rendered)")
     add_models(parser, "exact", "none")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        run_physion(arguments)
+    except (ValueError, OSError) as error:
+        print(f"clips.physion: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Clips on disk, and the order in which training reads them.
+
+A clip is one `.safetensors` file: RGB frames and the intermediate motion representation R_t = (O_t, S_t, D_t) of
+section 3.1 (optical flow, instance segmentation, depth).
+
+Symbols: T frames, H W pixels, O flow [T, 2, H, W] (dx right, dy down, pixels per frame step, frame t -> t+1), S ids
+[T, H, W] (0 = background), D depth [T, H, W] along the viewing axis, c camera (forward, yaw).
+
+Camera units: `forward` is metres per frame step, `yaw` is radians per frame step / 0.1, positive to the right. Both
+are 0 for a camera that stands still.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+CAMERA_YAW_UNIT = 0.1  # radians per frame step
+
+
+# ----------------------------------------------------------------------------------------------------------- clip files
+
+
+@dataclass
+class Clip:
+    """One video with its motion representation. Raises ValueError when shapes disagree or a value is not finite."""
+
+    rgb: np.ndarray  # uint8 [T, H, W, 3]
+    flow: np.ndarray  # float32 [T, 2, H, W], pixels per frame step, forward, for every frame
+    segmentation: np.ndarray  # uint8 [T, H, W], 0 = background, the same id in every frame
+    depth: np.ndarray  # float32 [T, H, W], metres (or any positive unit) along the viewing axis
+    camera: np.ndarray = field(default_factory=lambda: np.zeros(2, np.float32))  # (forward, yaw), units above
+    fps: float = 7.0
+    meta: dict = field(default_factory=dict)  # JSON: scenario, seed, truth of the simulator; "motion_bucket" if known
+
+    def __post_init__(self) -> None:
+        frames, height, width = self.rgb.shape[:3]
+        shapes = {
+            "rgb": (frames, height, width, 3),
+            "flow": (frames, 2, height, width),
+            "segmentation": (frames, height, width),
+            "depth": (frames, height, width),
+            "camera": (2,),
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
+        for name in ("rgb", "segmentation"):
+            if getattr(self, name).dtype != np.uint8:
+                raise ValueError(f"{name} is {getattr(self, name).dtype}, expected uint8")
+        for name in ("flow", "depth", "camera"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} holds a value that is not finite")
+        if not (self.depth > 0).all():
+            raise ValueError(f"depth holds {self.depth.min():g}, expected positive distances")
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps is {self.fps}, expected a positive number")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one file, complete or not at all; flow and depth are kept in half precision."""
+        path = Path(path)
+        tensors = {
+            "rgb": self.rgb,
+            "flow": self.flow.astype(np.float16),
+            "segmentation": self.segmentation,
+            "depth": self.depth.astype(np.float16),
+            "camera": self.camera.astype(np.float32),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        metadata = {"clip": json.dumps({"fps": float(self.fps), "meta": self.meta}, sort_keys=True)}  # one: no order
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, start: int = 0, frames: int | None = None) -> Clip:
+        """Reads frames [start, start + frames) of a clip file; only these are read from disk.
+
+        Raises ValueError that begins with the path: missing or damaged file, too few frames, wrong shapes, NaN.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                stop = None if frames is None else start + frames
+                missing = {"rgb", "flow", "segmentation", "depth", "camera"} - set(file.keys())
+                if missing:
+                    raise ValueError(f"has no {', '.join(sorted(missing))}")
+                total = file.get_slice("rgb").get_shape()[0]
+                if total < (stop or 1):
+                    raise ValueError(f"has {total} frames, {stop or 1} are needed")
+                part = {name: file.get_slice(name)[start:stop] for name in ("rgb", "flow", "segmentation", "depth")}
+                part |= {"flow": part["flow"].astype(np.float32), "depth": part["depth"].astype(np.float32)}
+                told = json.loads((file.metadata() or {}).get("clip", "{}"))
+                return cls(**part, camera=file.get_tensor("camera"), **told)
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def mirrored(self) -> Clip:
+        """As seen in a mirror: left is right. What `meta` tells of the simulator's truth no longer holds and is left
+        out."""
+        told = {name: self.meta[name] for name in ("scenario", "seed", "motion_bucket") if name in self.meta}
+        return Clip(
+            rgb=self.rgb[:, :, ::-1].copy(),
+            flow=self.flow[..., ::-1] * np.array([-1, 1], np.float32).reshape(2, 1, 1),
+            segmentation=self.segmentation[..., ::-1].copy(),
+            depth=self.depth[..., ::-1].copy(),
+            camera=self.camera * np.array([1, -1], np.float32),
+            fps=self.fps,
+            meta=told | {"mirrored": True},
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Torch tensors: rgb [T, 3, H, W] in [-1, 1], flow, segmentation (int64), depth, camera, fps, motion_bucket."""
+        return {
+            "rgb": torch.from_numpy(self.rgb).permute(0, 3, 1, 2).float() / 127.5 - 1,
+            "flow": torch.from_numpy(self.flow).float(),
+            "segmentation": torch.from_numpy(self.segmentation).long(),
+            "depth": torch.from_numpy(self.depth).float(),
+            "camera": torch.from_numpy(self.camera).float(),
+            "fps": torch.tensor(float(self.fps)),
+            "motion_bucket": torch.tensor(float(self.meta.get("motion_bucket", 127))),
+        }
+
+
+def clip_shape(path: str | os.PathLike) -> tuple[int, ...]:
+    """(T, H, W, 3) from the header of a clip file. Raises ValueError that begins with the path."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return tuple(file.get_slice("rgb").get_shape())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def find_clips(folder: str | os.PathLike) -> list[Path]:
+    """All clip files of a folder, by name. Raises FileNotFoundError when there is none."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no clips (*.safetensors) here")
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------ dataset and its order
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Clips of a folder as tensors (`Clip.tensors`). An item is named by (clip index, draw): the draw picks the window.
+
+    All clips must have the size of the first and at least `frames` frames (default: as many as the first has); a
+    ValueError names the file that is damaged, too short or of another size. `whole`: every clip has just one window.
+    """
+
+    def __init__(self, folder: str | os.PathLike, frames: int | None = None) -> None:
+        self.paths = find_clips(folder)
+        shapes = [clip_shape(path) for path in self.paths]
+        self.lengths = [shape[0] for shape in shapes]
+        self.frames, (self.height, self.width) = frames or self.lengths[0], shapes[0][1:3]
+        for path, shape in zip(self.paths, shapes, strict=True):
+            if shape[0] < self.frames:
+                raise ValueError(f"{path}: has {shape[0]} frames, {self.frames} are needed")
+            if shape[1:3] != (self.height, self.width):
+                size = f"{shape[2]}x{shape[1]}"
+                raise ValueError(f"{path}: is {size}, the first clip of its folder {self.width}x{self.height}")
+        self.whole = max(self.lengths) == self.frames
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        index, draw = key
+        start = draw % (self.lengths[index] - self.frames + 1)
+        return Clip.load(self.paths[index], start, self.frames).tensors() | {"index": torch.tensor(index)}
+
+
+class ResumableSampler(torch.utils.data.Sampler):
+    """Endless (clip index, draw) pairs for one rank: epochs shuffled by (seed, epoch) alone, from any start on."""
+
+    def __init__(self, length: int, seed: int = 0, rank: int = 0, world_size: int = 1, start: int = 0) -> None:
+        self.length, self.seed, self.rank, self.world_size, self.start = length, seed, rank, world_size, start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position, epoch, order = self.start * self.world_size + self.rank, -1, []
+        while True:
+            if position // self.length != epoch:
+                epoch = position // self.length
+                generator = np.random.default_rng((self.seed, epoch))
+                order, draws = generator.permutation(self.length), generator.integers(1 << 30, size=self.length)
+            yield int(order[position % self.length]), int(draws[position % self.length])
+            position += self.world_size

@@ -1,0 +1,6 @@
+"""What a person brings: arrows, and a picture of any size with ids and depth."""
+
+from inputs.arrows import Arrow, Arrows, apply_shapes, arrows_to_flow
+from inputs.photo import read_depth, read_rgb, read_segmentation
+
+__all__ = ["Arrow", "Arrows", "apply_shapes", "arrows_to_flow", "read_depth", "read_rgb", "read_segmentation"]

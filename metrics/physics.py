@@ -1,0 +1,271 @@
+"""What happened to objects, against the simulator's truth: who fell, who touched whom, who was pushed where.
+
+Symbols, `Maps` and `Sums` as in motion.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from metrics.motion import (
+    Maps,
+    Sums,
+    centroid_error,
+    depth_error,
+    flow_error,
+    id_overlap,
+    mean_iou,
+    mean_of,
+    permanence,
+    psnr,
+    two_classes,
+)
+from metrics.trackers import chain_flow
+
+TILT = 30.0  # degrees from the vertical: what leans more has fallen (as `simulate.has_fallen`)
+HEIGHT = 0.85  # of the height in the first frame: what is lower has fallen
+RIGHT_WAY = 0.25  # of the true displacement along its direction: what moves as far goes the right way
+CONTACT = 0.02  # of the distance: neighbouring pixels of two objects that differ by less in depth touch
+CONTACT_PIXELS = 5  # so many of them make a contact (0.999 balanced accuracy on true masks and depth)
+
+
+# ------------------------------------------------------------------------------------------- what happened to an object
+
+
+def carry(flow: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Carries what is seen in the first frame along chained flow: flow [T, 2, H, W], ids [H, W] -> points [T, K, 2]
+    (x, y), four in each pixel of an object, and their ids [K]."""
+    y, x = first.nonzero(as_tuple=True)
+    quarter = torch.tensor([[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]], device=flow.device)
+    points = (torch.stack([x, y], dim=-1)[:, None] + quarter).flatten(0, 1)
+    return chain_flow(flow, points), first[y, x].repeat_interleave(4)
+
+
+def rasterise(points: Tensor, owner: Tensor, depth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Points [K, 2] with ids [K] and depth [K] -> ids [H, W]; the nearer point wins. A gap of one pixel between two
+    pixels of the same object, above and below or left and right, is filled."""
+    height, width = size
+    x, y = points.round().long().T
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    cell, far_first = (y * width + x)[inside], depth[inside].argsort(descending=True)
+    rank = torch.full((height * width,), -1, device=points.device)
+    rank.scatter_reduce_(0, cell[far_first], torch.arange(len(cell), device=points.device), "amax")
+    ids = torch.where(rank >= 0, owner[inside][far_first][rank.clamp(min=0)] if len(cell) else 0, 0).view(size)
+    around = nnf.pad(ids, (1, 1, 1, 1))
+    for a, b in ((around[1:-1, :-2], around[1:-1, 2:]), (around[:-2, 1:-1], around[2:, 1:-1])):
+        ids = torch.where((ids == 0) & (a == b), a, ids)
+    return ids
+
+
+def lies(before: Tensor, after: Tensor) -> bool:
+    """Whether an object that covers points [K, 2] (x, y) at first and [K', 2] in the end has fallen: its principal
+    axis is more than 30 degrees from the vertical, or its height below 0.85 of the first. Heights leave out the outer
+    2 % on each side, which strays may be; what has vanished has no height."""
+    if len(after) < 3:
+        return True
+    heights = [(y.quantile(0.98) - y.quantile(0.02) + 1).item() for y in (before[:, 1].float(), after[:, 1].float())]
+    axis = torch.linalg.eigh(after.double().T.cov()).eigenvectors[:, -1].abs()
+    return math.degrees(math.atan2(axis[0], axis[1])) > TILT or heights[1] < HEIGHT * heights[0]
+
+
+def fallen_ids(first: Tensor, last: Tensor) -> set[int]:
+    """Ids of the first frame [H, W] that lie in the last, by their masks."""
+    places = [{i: (ids == i).nonzero().flip(1) for i in objects_of(first)} for ids in (first, last)]
+    return {i for i in objects_of(first) if lies(places[0][i], places[1][i])}
+
+
+def fallen_points(points: Tensor, owner: Tensor) -> set[int]:
+    """Ids that lie in the end, by the points [T, K, 2] that `carry` followed, hidden ones included."""
+    return {i for i in owner.unique().tolist() if lies(points[0, owner == i], points[-1, owner == i])}
+
+
+def objects_of(first: Tensor) -> list[int]:
+    return [i for i in first.unique().tolist() if i > 0]
+
+
+def displacement(points: Tensor, owner: Tensor, instance: int) -> Tensor:
+    """Mean way of an object's points [T, K, 2] from first to last frame, [2] in pixels."""
+    return (points[-1] - points[0])[owner == instance].mean(dim=0)
+
+
+def right_way(way: Tensor, truth: Tensor) -> bool:
+    """Whether `way` [2] goes a quarter of the true way at least, along its direction."""
+    return (way @ truth >= RIGHT_WAY * truth @ truth).item()
+
+
+def moved_ids(points: Tensor, owner: Tensor) -> set[int]:
+    """Ids whose points [T, K, 2] end more than one pixel from where they began, in the mean."""
+    return {i for i in owner.unique().tolist() if displacement(points, owner, i).norm() > 1}
+
+
+def half_time(flow: Tensor) -> float:
+    """Time in frames at which half of all motion of the clip, the sum of |O| [T, 2, H, W], is done; NaN: no motion."""
+    done = np.concatenate([[0], flow.norm(dim=1).sum(dim=(1, 2)).cumsum(0).cpu().double().numpy()])
+    return float(np.interp(done[-1] / 2, done, np.arange(len(done)))) if done[-1] > 0 else math.nan
+
+
+def contact_pairs(ids: Tensor, depth: Tensor) -> set[tuple[int, int]]:
+    """Pairs of objects that touch: five or more pairs of neighbouring pixels, in all frames together, of ids [T, H, W]
+    whose depths [T, H, W] differ by less than 2 % of the distance."""
+    found, (height, width) = [], ids.shape[1:]
+    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        here = (slice(None), slice(0, height - dy), slice(max(0, -dx), width - max(0, dx)))
+        there = (slice(None), slice(dy, height), slice(max(0, dx), width + min(0, dx)))
+        a, b = ids[here], ids[there]
+        touch = (a != b) & (a > 0) & (b > 0) & ((depth[here] - depth[there]).abs() < CONTACT * depth[here])
+        found.append(torch.stack([a[touch], b[touch]], dim=1).sort(dim=1).values)
+    pairs, count = torch.cat(found).unique(dim=0, return_counts=True)
+    return {tuple(pair) for pair in pairs[count >= CONTACT_PIXELS].tolist()}
+
+
+def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
+    """Video [T, 3, H, W] -> ids [T, H, W]: each pixel goes to the object, or background, that has the nearest colour
+    in the first frame, where ids [H, W] are known; then twice to the majority of its 3 x 3 neighbours, in which it has
+    three votes itself, so that corners stay.
+
+    Colours are those of 60 pixels of every object, 180 of the background: sides and shadows have colours of their own.
+    """
+    ids, colors, owners = first_ids.unique(), [], []
+    for k, i in enumerate(ids):
+        pixels = video[0][:, first_ids == i].T
+        some = torch.linspace(0, len(pixels) - 1, min(len(pixels), 60 if i > 0 else 180)).round().long()
+        colors.append(pixels[some.to(pixels.device)])
+        owners.append(torch.full((len(some),), k, device=video.device))
+    colors, owners = torch.cat(colors), torch.cat(owners)
+    nearest = torch.stack([owners[torch.cdist(frame.movedim(0, -1), colors).argmin(dim=-1)] for frame in video])
+    for _ in range(2):
+        own = nnf.one_hot(nearest, len(ids)).movedim(-1, 1).float()  # [T, N, H, W]
+        nearest = (9 * nnf.avg_pool2d(own, 3, stride=1, padding=1) + 2 * own).argmax(dim=1)
+    return ids[nearest]
+
+
+# ------------------------------------------------------------------------------------- what the figures are, by clip
+
+
+@dataclass
+class Scene:
+    """A held-out clip and what else would have happened there: truth by kind of push, and the simulator's meta."""
+
+    path: Path
+    truth: dict[str, Maps]  # "arrow" (the clip itself), "opposite", "stronger", "none"
+    meta: dict[str, dict]
+
+    @property
+    def pushed(self) -> int:
+        return self.meta["arrow"]["pushed"]
+
+
+def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
+    """Generated maps (of the clip's own push) against the truth, pixel by pixel, object by object.
+
+    contacts: from ids and depth. contacts_video, fallen_video: from the video alone, by colour, so that a model without
+    ids and depth (One-stage*) can be compared."""
+    made, true, meta = made["arrow"], scene.truth["arrow"], scene.meta["arrow"]
+    objects, figures = objects_of(true["segmentation"][0]), {}
+    if "segmentation" in made:
+        ids, true_ids = made["segmentation"], true["segmentation"]
+        figures |= id_overlap(ids, true_ids) | centroid_error(ids, true_ids, objects) | permanence(ids, true_ids)
+    if "depth" in made:
+        figures |= depth_error(made["depth"], true["depth"], true["segmentation"])
+    if "flow" in made:
+        figures |= flow_error(made["flow"], true["flow"]) | object_motion(made["flow"], scene)
+    if "fallen" in meta:
+        figures |= fallen_figures(made, scene)
+    if "contacts" in meta:
+        pairs = {(a, b) for a in objects for b in objects if a < b}
+        touching = {(a, b) for a, b, _ in meta["contacts"] if a > 0}
+        if {"segmentation", "depth"} <= made.keys():
+            figures["contacts"] = two_classes(contact_pairs(made["segmentation"], made["depth"]), touching, pairs)
+        if objects and "rgb_own" in made:  # of a video, only what overlaps in the picture is seen
+            seen = ids_by_color(made["rgb_own"], true["segmentation"][0])
+            figures["contacts_video"] = two_classes(contact_pairs(seen, torch.ones(seen.shape)), touching, pairs)
+            fallen = set(meta["fallen"]) & set(objects)
+            figures["fallen_video"] = two_classes(fallen_ids(true["segmentation"][0], seen[-1]), fallen, objects)
+    return figures
+
+
+def object_motion(flow: Tensor, scene: Scene) -> dict[str, Sums]:
+    """Which objects move, by points carried along the flow [T, 2, H, W]; and how the pushed object obeys its arrow:
+    angle in degrees between arrow and mean flow, and the ratio of their lengths."""
+    true = scene.truth["arrow"]
+    first = true["segmentation"][0]
+    points, owner = carry(flow, first)
+    truly = moved_ids(*carry(true["flow"], first))
+    figures = {"moved": two_classes(moved_ids(points, owner), truly, objects_of(first))}
+    if scene.pushed:
+        arrow = displacement(*carry(true["flow"], first), scene.pushed)
+        way = displacement(points, owner, scene.pushed)
+        cosine = (way @ arrow / (way.norm() * arrow.norm()).clamp(min=1e-6)).clamp(-1, 1)
+        figures["control_angle"] = mean_of(math.degrees(math.acos(cosine)))
+        figures["control_length"] = mean_of((way.norm() / arrow.norm().clamp(min=1e-6)).item())
+    return figures
+
+
+def fallen_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
+    """Which objects lie in the end, against the simulator: single objects (balanced accuracy), whole clips, and whole
+    clips in which a wide gap stops the chain; by frame-0 ids carried along the flow, and by the generated ids."""
+    first, meta, said = scene.truth["arrow"]["segmentation"][0], scene.meta["arrow"], {}
+    if "flow" in made:
+        said["carried"] = fallen_points(*carry(made["flow"], first))
+    if "segmentation" in made:
+        said["ids"] = fallen_ids(first, made["segmentation"][-1])
+    figures, fallen = {}, set(meta["fallen"]) & set(objects_of(first))
+    for name, ids in said.items():
+        figures[f"fallen_{name}"] = two_classes(ids, fallen, objects_of(first))
+        figures[f"all_right_{name}"] = mean_of(ids == fallen)
+        if meta.get("wide_gap") and scene.pushed:
+            figures[f"gap_{name}"] = mean_of(ids == fallen)
+    return figures
+
+
+def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
+    """Opposite, harder and no push in the same scene, by carried points; each against its own simulation.
+
+    both_ways: the pushed object goes at least a quarter of its true way along the true direction, for the push and
+    for its opposite. both_all_right: for both, exactly those that should have fallen have. standing: without an
+    arrow, objects that do not fall. quiet: mean |O| without an arrow over mean |O| with it. sooner: with the harder
+    push, half of all motion is done earlier than with the given one."""
+    first, flows = scene.truth["arrow"]["segmentation"][0], {name: maps["flow"] for name, maps in made.items()}
+    carried = {name: carry(flow, first) for name, flow in flows.items()}
+    still, count = fallen_points(*carried["none"]), len(objects_of(first))
+    figures = {"standing": (count - len(still), count)}
+    if scene.pushed:
+        ways, right = [], []
+        for name in ("arrow", "opposite"):
+            true = displacement(*carry(scene.truth[name]["flow"], first), scene.pushed)
+            ways.append(right_way(displacement(*carried[name], scene.pushed), true))
+            right.append(fallen_points(*carried[name]) == set(scene.meta[name]["fallen"]) & set(objects_of(first)))
+        figures |= {"both_ways": mean_of(all(ways)), "both_all_right": mean_of(all(right))}
+        figures["quiet"] = tuple(flows[name].norm(dim=1).mean().item() for name in ("none", "arrow"))
+        times = [half_time(flows[name]) for name in ("stronger", "arrow")]
+        figures["sooner"] = mean_of(times[0] < times[1])  # NaN, no motion, is not sooner
+    return figures
+
+
+def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
+    """Everything that the demo model is judged by. made: maps by push; "rgb" of "arrow" is painted from true motion,
+    "rgb_own" from the source's own, whose ids are "told"."""
+    arrow, true = made["arrow"], scene.truth["arrow"]
+    figures, first = fallen_figures(arrow, scene), true["segmentation"][0]
+    if "segmentation" in arrow:
+        figures |= id_overlap(arrow["segmentation"], true["segmentation"])
+    if "flow" in arrow:
+        figures |= flow_error(arrow["flow"], true["flow"]) | other_pushes(made, scene)
+        points, owner = carry(arrow["flow"], first)
+        y, x = first.nonzero(as_tuple=True)
+        last = rasterise(points[-1], owner, true["depth"][0, y, x].repeat_interleave(4), first.shape)
+        figures["iou_last_carried"] = mean_of(mean_iou(last, true["segmentation"][-1]))
+    if scene.pushed:  # where nothing is pushed, a still picture is perfect, and its decibels would drown the others
+        figures["psnr"] = mean_of(psnr(arrow["rgb"], true["rgb"]))
+        figures["psnr_own"] = mean_of(psnr(arrow["rgb_own"], true["rgb"]))
+    if "told" in arrow:
+        seen = ids_by_color(arrow["rgb_own"], first)
+        figures["painted_ids"] = mean_of(mean_iou(seen, arrow["told"], background=True))
+    return figures

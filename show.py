@@ -1,0 +1,153 @@
+"""What people look at: flow colours, arrows on a picture, GIF and MP4 files, each written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from inputs.arrows import Arrows
+
+# ----------------------------------------------------------------------------------------------- pictures of flow
+
+
+def _wheel() -> np.ndarray:
+    """Colours of 55 directions, float [55, 3] of 0 to 255 (Baker et al., A Database and Evaluation Methodology for
+    Optical Flow, 2011): red, yellow, green, cyan, blue, magenta, with more steps where the eye sees more."""
+    corners = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]]) * 255.0
+    counts = (15, 6, 4, 11, 13, 6)
+    parts = [a + (b - a) * (np.arange(n) / n)[:, None] for (a, b), n in zip(pairwise(corners), counts, strict=True)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+WHEEL = _wheel()
+
+
+def flow_to_rgb(flow: Tensor, max_magnitude: float | None = None) -> np.ndarray:
+    """The usual colours of flow: hue = direction, saturation = length. [..., 2, H, W] -> uint8 [..., H, W, 3].
+
+    Zero is white; right is red, down yellow, left cyan, up violet. `max_magnitude` has full saturation, longer vectors
+    are darker; default: the longest vector of all, so that a video has one scale. Raises ValueError for NaN, infinity.
+    """
+    u, v = flow.detach().float().cpu().movedim(-3, 0).numpy()
+    length = np.hypot(u, v)
+    if not np.isfinite(length).all():
+        raise ValueError(f"flow holds {np.count_nonzero(~np.isfinite(length))} vectors that are not finite")
+    if max_magnitude is None:
+        max_magnitude = length.max(initial=0.0) or 1.0
+    if not max_magnitude > 0:
+        raise ValueError(f"max_magnitude is {max_magnitude}, expected a number above 0")
+    saturation = (length / max_magnitude)[..., None]
+    place = np.arctan2(v, u) / (2 * np.pi) % 1 * len(WHEEL)
+    low, part = np.floor(place).astype(int) % len(WHEEL), (place % 1)[..., None]
+    color = WHEEL[low] * (1 - part) + WHEEL[(low + 1) % len(WHEEL)] * part
+    color = np.where(saturation <= 1, 255 - saturation * (255 - color), 0.75 * color)
+    return color.round().astype(np.uint8)
+
+
+def color_wheel(size: int) -> np.ndarray:
+    """The legend of `flow_to_rgb`: uint8 [size, size, 3], each direction's colour, white outside of the circle."""
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    flow = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))
+    return flow_to_rgb(torch.where(flow.norm(dim=0) <= 1, flow, 0.0), max_magnitude=1.0)
+
+
+def draw_arrows(image: np.ndarray, arrows: Arrows, F: Tensor | None = None, scale: int = 1) -> np.ndarray:
+    """The image with the arrows on it, and their objects tinted by the colour of F [2, H, W].
+
+    image uint8 [H, W, 3] -> uint8 [scale H, scale W, 3]; every pixel becomes scale x scale of them. An arrow without
+    length is a dot: "stays". What is far from arrows and objects keeps its colour.
+    """
+    image = image.copy()
+    if F is not None:
+        moving = (F != 0).any(dim=0).cpu().numpy()
+        image[moving] = (0.5 * image[moving] + 0.5 * flow_to_rgb(F)[moving]).round()
+    picture = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1)).convert("RGBA")
+    overlay = Image.new("RGBA", (picture.width * 3, picture.height * 3))  # three times as large: smooth edges
+    width = max(2.0, 0.012 * max(picture.size)) * 3
+    for color, extra in (("black", 0.35), ("white", 0.0)):
+        for arrow in arrows.arrows:
+            start, end = (np.array(place) * scale * 3 for place in (arrow.start, arrow.end))
+            _draw_arrow(ImageDraw.Draw(overlay), start, end, width, extra * width, color)
+    overlay = overlay.convert("RGBa").resize(picture.size, Image.Resampling.BOX).convert("RGBA")
+    return np.asarray(Image.alpha_composite(picture, overlay).convert("RGB"))
+
+
+def _draw_arrow(
+    draw: ImageDraw.ImageDraw, start: np.ndarray, end: np.ndarray, width: float, extra: float, color: str
+) -> None:
+    """A dot at the tail, a shaft, a triangle; `extra` pixels thicker on all sides (for the dark rim)."""
+    v = end - start
+    length = float(np.hypot(*v))
+    dot = 0.8 * width + extra
+    draw.ellipse([*(start - dot), *(start + dot)], fill=color)
+    if length == 0:
+        return
+    along, head = v / length, min(3.5 * width, length)
+    across, neck = np.array([-along[1], along[0]]), end - along * head
+    shaft = across * (width / 2 + extra)
+    draw.polygon([tuple(p) for p in (start + shaft, neck + shaft, neck - shaft, start - shaft)], fill=color)
+    wing = across * (head * 0.45 + 1.6 * extra)
+    back, tip = neck - along * extra, end + along * 2.4 * extra
+    draw.polygon([tuple(p) for p in (tip, back + wing, back - wing)], fill=color)
+
+
+LONGEST_PAUSE = 655350  # milliseconds that a frame of a GIF may last
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
+
+
+def written_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` make a file of another name and gives it the right one only when it is complete."""
+    partial = path.with_name(f"partial-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_video(path: Path, pictures: np.ndarray, fps: float) -> None:
+    """uint8 [T, H, W, 3] -> mp4 (H.264, yuv420p, which every player opens); an odd size gets one more row or column."""
+    pictures = np.pad(pictures, ((0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)), mode="edge")
+    options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": 9, "macro_block_size": 1}
+    written_whole(path, lambda partial: iio.imwrite(partial, pictures, plugin="FFMPEG", fps=fps, **options))
+
+
+def check_output(folder: Path, width: int, height: int) -> None:
+    """Tries folder and video writer with two black frames. Raises ValueError that names the folder."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_video(folder / "check.mp4", np.zeros((2, height, width, 3), np.uint8), 7)
+        (folder / "check.mp4").unlink()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: cannot write a {width}x{height} video here: {error}") from None
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+
+
+def to_uint8(pictures: Tensor) -> np.ndarray:
+    """[T, 3, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
+    return ((pictures.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+
+
+def write_grid(path: Path, panels: list[np.ndarray], fps: float) -> None:
+    """Videos uint8 [T, H, W, 3] side by side as a GIF, small ones enlarged by a whole number."""
+    frames = np.concatenate(panels, axis=2)
+    scale = max(1, 256 // panels[0].shape[2])
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    images = [Image.fromarray(frame) for frame in frames]
+    pause = min(1000 / fps, LONGEST_PAUSE)
+    settings = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": pause, "loop": 0}
+    written_whole(path, lambda partial: images[0].save(partial, **settings))

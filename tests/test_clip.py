@@ -1,0 +1,150 @@
+"""clips/clip.py: the clip file, dataset order."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from clips import Clip, ClipDataset, ResumableSampler
+
+
+def random_clip(seed: int = 0, frames: int = 5, height: int = 7, width: int = 9) -> Clip:
+    random = np.random.default_rng(seed)
+    return Clip(
+        rgb=random.integers(256, size=(frames, height, width, 3), dtype=np.uint8),
+        flow=random.normal(size=(frames, 2, height, width)).astype(np.float32) * 4,
+        segmentation=random.integers(4, size=(frames, height, width), dtype=np.uint8),
+        depth=random.uniform(1, 9, size=(frames, height, width)).astype(np.float32),
+        camera=np.array([0.5, -1], np.float32),
+        fps=12.5,
+        meta={"scenario": "noise", "motion_bucket": 50},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- clip files
+
+
+def test_save_and_load_keep_everything(tmp_path):
+    clip = random_clip()
+    clip.save(tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]  # no temporary file stays
+    loaded = Clip.load(tmp_path / "a.safetensors")
+    for name in ("rgb", "segmentation", "camera"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(clip, name))
+    for name in ("flow", "depth"):  # half precision on disk
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(clip, name).astype(np.float16).astype(np.float32))
+    assert (loaded.fps, loaded.meta) == (clip.fps, clip.meta)
+
+
+def test_a_mirrored_clip_has_left_and_right_exchanged_and_nothing_else():
+    clip = random_clip()
+    image, width = clip.mirrored(), clip.rgb.shape[2]
+    for name in ("rgb", "segmentation", "depth"):
+        for x in range(width):
+            assert (getattr(image, name)[:, :, x] == getattr(clip, name)[:, :, width - 1 - x]).all()
+    for x in range(width):
+        assert (image.flow[:, 0, :, x] == -clip.flow[:, 0, :, width - 1 - x]).all()
+        assert (image.flow[:, 1, :, x] == clip.flow[:, 1, :, width - 1 - x]).all()
+    assert image.camera.tolist() == [0.5, 1] and image.fps == 12.5
+    assert image.meta == {"scenario": "noise", "motion_bucket": 50, "mirrored": True}
+    image.tensors()  # torch takes no negative strides
+
+
+def test_load_reads_a_window(tmp_path):
+    clip = random_clip(frames=6)
+    clip.save(tmp_path / "a.safetensors")
+    window = Clip.load(tmp_path / "a.safetensors", start=2, frames=3)
+    np.testing.assert_array_equal(window.rgb, clip.rgb[2:5])
+    np.testing.assert_array_equal(window.segmentation, clip.segmentation[2:5])
+    with pytest.raises(ValueError, match="has 6 frames, 7 are needed"):
+        Clip.load(tmp_path / "a.safetensors", start=4, frames=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flow": np.zeros((5, 2, 7, 8), np.float32)}, "flow has shape"),
+        ({"rgb": np.zeros((5, 7, 9, 3), np.float32)}, "rgb is float32"),
+        ({"flow": np.full((5, 2, 7, 9), np.nan, np.float32)}, "flow holds a value that is not finite"),
+        ({"depth": np.zeros((5, 7, 9), np.float32)}, "depth holds 0"),
+        ({"fps": 0.0}, "fps is 0"),
+        ({"camera": np.array([0, np.inf], np.float32)}, "camera holds"),
+    ],
+)
+def test_a_wrong_clip_is_refused(change, message):
+    parts = vars(random_clip()) | change
+    with pytest.raises(ValueError, match=message):
+        Clip(**parts)
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match="a.safetensors"):
+        Clip.load(path)
+    random_clip().save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="a.safetensors"):
+        Clip.load(path)
+    random_clip().save(path)
+    tensors = load_file(path)
+    del tensors["depth"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="a.safetensors: has no depth"):
+        Clip.load(path)
+
+
+def test_tensors_have_the_stated_units():
+    clip = random_clip()
+    tensors = clip.tensors()
+    assert tensors["rgb"].shape == (5, 3, 7, 9) and tensors["rgb"].abs().max() <= 1
+    assert tensors["rgb"][1, 2, 3, 4] == pytest.approx(clip.rgb[1, 3, 4, 2] / 127.5 - 1, abs=1e-6)
+    assert (tensors["fps"], tensors["motion_bucket"]) == (12.5, 50)
+
+
+# ------------------------------------------------------------------------------------------------ dataset and its order
+
+
+def test_dataset_windows(tmp_path):
+    for i, frames in enumerate((5, 8)):
+        random_clip(i, frames).save(tmp_path / f"{i}.safetensors")
+    clips = ClipDataset(tmp_path, frames=5)
+    assert len(clips) == 2 and not clips.whole
+    starts = {clips[(1, draw)]["rgb"].sum().item() for draw in range(20)}
+    assert len(starts) == 4  # 8 frames have four windows of 5
+    assert {clips[(0, draw)]["rgb"].sum().item() for draw in range(5)} == {clips[(0, 0)]["rgb"].sum().item()}
+
+
+def test_dataset_names_the_clip_that_does_not_fit(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no clips"):
+        ClipDataset(tmp_path)
+    random_clip(0).save(tmp_path / "a.safetensors")
+    random_clip(1, width=8).save(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="b.safetensors: is 8x7, the first clip of its folder 9x7"):
+        ClipDataset(tmp_path)
+    random_clip(1, frames=3).save(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="b.safetensors: has 3 frames, 5 are needed"):
+        ClipDataset(tmp_path)
+    (tmp_path / "b.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(ValueError, match="b.safetensors"):
+        ClipDataset(tmp_path)
+
+
+def take(sampler: ResumableSampler, count: int) -> list:
+    return list(islice(sampler, count))
+
+
+def test_sampler_visits_every_clip_once_an_epoch_and_resumes():
+    whole = take(ResumableSampler(7, seed=3), 21)
+    for epoch in range(3):
+        assert sorted(index for index, _ in whole[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert whole[:7] != whole[7:14]
+    assert take(ResumableSampler(7, seed=3, start=10), 11) == whole[10:]
+    assert take(ResumableSampler(7, seed=4), 21) != whole
+
+
+def test_ranks_share_one_order():
+    whole = take(ResumableSampler(7, seed=3), 20)
+    for rank in range(2):
+        assert take(ResumableSampler(7, seed=3, rank=rank, world_size=2), 10) == whole[rank::2]
+        assert take(ResumableSampler(7, seed=3, rank=rank, world_size=2, start=4), 6) == whole[rank::2][4:]

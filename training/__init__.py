@@ -1,0 +1,1 @@
+"""What train.py stands on: checkpoints, the cache of latents, the small VAE's loss."""
