@@ -1,7 +1,6 @@
 """The shipped model does what it is shown for: the pushed domino falls, and what nobody pushes stays."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,9 @@ import torch
 from PIL import Image
 
 import metrics
-from demo.widen import widen
 from inputs import Arrows, arrows_to_flow
-from motion_dreamer import STAGE1, MotionDreamer, dream
+from motion_dreamer import MotionDreamer, dream
 from svd import VAE, ImageEncoder
-from tests.test_motion_dreamer import SMALL, random_condition
-from tests.tiny import UNET_CONFIG, randomize, tiny_stage
-from train import small_unet
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -61,21 +56,3 @@ def test_the_pushed_domino_goes_where_the_arrow_points(flows):
 def test_without_an_arrow_all_stay_standing(flows):
     flow, ids = flows
     assert metrics.fallen_points(*metrics.carry(flow["arrows_none"], ids)) == set()
-
-
-def test_a_widened_stage_computes_the_same():
-    unet = small_unet((16, 48, 48), 2, UNET_CONFIG.cross_attention_dim, 8)
-    narrow = randomize(MotionDreamer(replace(STAGE1, **SMALL), unet), 0, 0.1)
-    cond, x, sigma = random_condition(narrow.config), torch.randn(2, 3, 12, 5, 7), torch.tensor([0.4, 30.0])
-    wide = widen(narrow, 32)
-    assert wide.unet.config.block_out_channels == (32, 48, 48)
-    predicted = wide.denoise(x, sigma, cond)
-    torch.testing.assert_close(predicted, narrow.denoise(x, sigma, cond), rtol=1e-3, atol=1e-4)
-    predicted.square().mean().backward()
-    new = wide.unet.conv_out.weight
-    assert new[:, 16:].eq(0).all() and new.grad[:, 16:].abs().max() > 0  # silent, and about to learn
-    for width in (16, 24, 48):
-        with pytest.raises(ValueError, match=f"width is {width}, expected more"):
-            widen(narrow, width)
-    with pytest.raises(ValueError, match="attention"):
-        widen(tiny_stage(replace(STAGE1, **SMALL)), 12)
