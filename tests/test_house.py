@@ -1,0 +1,164 @@
+"""The rules of the rooms: imports go down and in no circle, packages keep their insides, functions stay short."""
+
+import ast
+import subprocess
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEIGHTS = {  # of a module or package; it imports what is as high or lower
+    "train": 4, "sample": 4, "evaluate": 4,
+    "show": 3, "training": 3,
+    "motion_dreamer": 2,
+    "svd": 1, "clips": 1, "inputs": 1, "metrics": 1,
+    "instance_flow": 0, "splat": 0, "weights": 0,
+}  # fmt: skip
+CLOSED = {"clips", "inputs", "metrics"}  # of other packages, these import only what the package itself offers
+MOST_AT_THE_TOP = 9  # files
+LONGEST = 80  # lines of a function
+TOO_LONG = {"train.train"}  # known, to be taken apart
+
+
+def read(root, files):
+    """Syntax tree of every module by its dotted name; a package goes by its own name."""
+    names = [Path(file).with_suffix("").parts for file in files]
+    names = [".".join(parts[:-1] if parts[-1] == "__init__" else parts) for parts in names]
+    return {name: ast.parse((root / file).read_text()) for name, file in zip(names, files, strict=True)}
+
+
+def tracked(*outside):
+    """Our Python files, but for those in some folders."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs git and a checkout")
+    files = [file for file in listed.stdout.splitlines() if (ROOT / file).exists()]
+    return [file for file in files if Path(file).parts[0] not in outside]
+
+
+def room(name):
+    return name.split(".")[0]
+
+
+def imported(name, tree, modules):
+    """Modules of ours that a file imports anywhere, in a function too; with one of another package, that package."""
+    told = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            told |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import, whose target its line does not show"
+            told |= {f"{node.module}.{alias.name}" for alias in node.names}
+    found = set()
+    for target in told:
+        while target and target not in modules:  # a name in a module
+            target = target.rpartition(".")[0]
+        if target:
+            found |= {target} if room(target) == room(name) else {target, room(target)}
+    return found
+
+
+def graph_of(modules):
+    return {name: imported(name, tree, modules) for name, tree in modules.items()}
+
+
+def circle(graph):
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+
+
+def upward(graph):
+    return sorted(f"{a} -> {b}" for a in graph for b in graph[a] if HEIGHTS[room(b)] > HEIGHTS[room(a)])
+
+
+def inside(graph):
+    arrows = [(a, b) for a in graph if room(a) in CLOSED for b in graph[a]]
+    return sorted(f"{a} -> {b}" for a, b in arrows if room(a) != room(b) and "." in b)
+
+
+def nodes(modules, kind):
+    return [(name, node) for name, tree in modules.items() for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def too_long(modules):
+    functions = nodes(modules, (ast.FunctionDef, ast.AsyncFunctionDef))
+    return {f"{name}.{node.name}" for name, node in functions if node.end_lineno - node.lineno >= LONGEST}
+
+
+def bare_excepts(modules):
+    return [f"{name}:{node.lineno}" for name, node in nodes(modules, ast.ExceptHandler) if node.type is None]
+
+
+def test_imports_go_down_in_no_circle_and_not_into_other_packages():
+    graph = graph_of(read(ROOT, tracked("tests", "demo")))
+    assert {room(name) for name in graph} == HEIGHTS.keys()  # every module has a height
+    assert graph["train"] >= {"clips", "clips.clip"} and "clips.simulate" in graph["evaluate"]  # in a function
+    assert circle(graph) is None and upward(graph) == [] and inside(graph) == []
+
+
+def test_few_files_lie_at_the_top():
+    assert sum("/" not in file for file in tracked()) <= MOST_AT_THE_TOP
+
+
+def test_functions_are_short_and_every_except_names_what_it_expects():
+    assert too_long(read(ROOT, tracked("tests"))) == TOO_LONG
+    assert bare_excepts(read(ROOT, tracked())) == []
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Writes files by name and reads them as a house."""
+
+    def write(**texts):
+        files = {name.replace("__", "/") + ".py": text for name, text in texts.items()}
+        files |= {f"{Path(file).parent}/__init__.py": "" for file in files if "/" in file}
+        for file, text in files.items():
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text(text)
+        return read(tmp_path, list(files))
+
+    return write
+
+
+def test_a_circle_is_found(made):
+    told = {"svd": "import splat", "splat": "def f():\n    from weights import w", "weights": "w = 1"}
+    assert circle(graph_of(made(**told))) is None
+    assert sorted(set(circle(graph_of(made(**told | {"weights": "from svd import *"}))))) == ["splat", "svd", "weights"]
+    through = {"splat": "from clips.clip import Clip", "clips__clip": "", "clips__check": "import splat"}
+    assert circle(graph_of(made(**through))) is None
+    modules = made(**through)
+    modules["clips"] = ast.parse("from clips.check import check")  # loaded with clips.clip
+    assert set(circle(graph_of(modules))) == {"splat", "clips", "clips.check"}
+
+
+def test_an_arrow_upwards_is_found(made):
+    told = {"sample": "import show, os", "show": "from inputs.photo import fit", "inputs__photo": "import sample.x"}
+    assert upward(graph_of(made(**told))) == ["inputs.photo -> sample"]
+    assert upward(graph_of(made(**told | {"inputs__photo": "import svd", "svd": ""}))) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from inputs import fit", []),
+        ("import inputs", []),
+        ("from clips.clip import Clip", []),
+        ("from inputs.photo import fit", ["clips.check -> inputs.photo"]),
+        ("import inputs.photo as p", ["clips.check -> inputs.photo"]),
+        ("def f():\n    from inputs import photo", ["clips.check -> inputs.photo"]),
+    ],
+)
+def test_a_hand_in_another_package_is_found(made, line, found):
+    graph = graph_of(made(clips__check=line, clips__clip="", inputs__photo="", show="from inputs.photo import fit"))
+    assert inside(graph) == found
+
+
+def test_long_functions_and_bare_excepts_are_found(made):
+    body = "    x = 1\n" * (LONGEST - 1)
+    modules = made(splat=f"def f():\n{body}\n\nclass A:\n  def g(self):\n{body}    x = 2\n")
+    assert too_long(modules) == {"splat.g"}
+    tried = "try:\n    pass\nexcept{}:\n    pass\n"
+    assert bare_excepts(made(svd=tried.format(" OSError") + tried.format(""))) == ["svd:7"]
