@@ -3,6 +3,7 @@
 python demo/export.py runs/demo
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,8 +17,16 @@ from svd import VAE, ImageEncoder  # noqa: E402
 
 PARTS = {"vae": VAE, "image_encoder": ImageEncoder, "stage1": MotionDreamer, "stage2": MotionDreamer}
 
-if __name__ == "__main__":
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", metavar="DIR", help="a model folder that train.py wrote")
+    source = parser.parse_args().model
     for name, part in PARTS.items():
-        part.from_pretrained(sys.argv[1], name, dtype=torch.float16).save_pretrained(HERE / name)
+        part.from_pretrained(source, name, dtype=torch.float16).save_pretrained(HERE / name)
     size = sum(path.stat().st_size for path in HERE.rglob("*.safetensors"))
     print(f"{HERE}: {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 python demo/make_example.py        # example.png, ids.png, depth.png (millimetres), arrows*.json
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def arrow(clip: Clip) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     size, side = (128, 64), simulate("dominoes", SEED, 1, (16, 8)).meta["side"]
     clip, opposite = (simulate("dominoes", SEED, 16, size, {"side": s, "strength": 1.2}) for s in (side, -side))
     Image.fromarray(clip.rgb[0]).save(HERE / "example.png")

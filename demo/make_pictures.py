@@ -3,6 +3,7 @@
 python demo/make_pictures.py
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ ROWS = ("arrows", "arrows_opposite", "arrows_none")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     with tempfile.TemporaryDirectory() as out:
         files = [str(HERE / f"{name}.json") for name in ROWS]
         told = [str(HERE / "example.png"), *files, "--out", out]

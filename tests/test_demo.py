@@ -1,6 +1,9 @@
 """The shipped model does what it is shown for: the pushed domino falls, and what nobody pushes stays."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +59,15 @@ def test_the_pushed_domino_goes_where_the_arrow_points(flows):
 def test_without_an_arrow_all_stay_standing(flows):
     flow, ids = flows
     assert metrics.fallen_points(*metrics.carry(flow["arrows_none"], ids)) == set()
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in DEMO.glob("*.py")))
+def test_scripts_only_act_when_they_are_asked_to(tmp_path, script):
+    """A copy without a model: what acted would fail or leave a file."""
+    (tmp_path / script).write_bytes((DEMO / script).read_bytes())
+    for word, status in (("--help", 0), ("--nothing", 2)):
+        told = [sys.executable, str(tmp_path / script), word]
+        environment = {**os.environ, "PYTHONPATH": str(DEMO.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(told, env=environment, capture_output=True, text=True)
+        assert done.returncode == status and f"usage: {script}" in done.stdout + done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == [script]
