@@ -40,15 +40,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from clips.clip import Clip, ClipDataset
-from instance_flow import instance_flow, sparse_flow
+from clips import Clip, ClipDataset, Motion
+from instance_flow import instance_flow
 from metrics.motion import Maps, Sums
 from metrics.physics import Scene
 from metrics.trackers import Pips, chain_flow, lucas_kanade
-from motion_dreamer import ABLATIONS, STAGE2, Motion, MotionDreamer, StageConfig, dream, round_trip
+from motion_dreamer import ABLATIONS, STAGE2, MotionDreamer, StageConfig, dream
 from svd import VAE, ImageEncoder
 from training.cache import fingerprint
 from training.checkpoint import seed_of
+from training.vae import round_trip
 from weights import save_safetensors
 
 STRONGER = 1.6  # how much harder the harder push is
@@ -75,8 +76,8 @@ LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is be
     "silhouette_last": "silhouette IoU, last frame, ids ↑",
     "both_ways": "push and opposite push: both go the right way ↑",
     "both_all_right": "push and opposite push: all that fell right in both ↑",
-    "standing": "no arrow: objects that stay standing ↑",
-    "quiet": "no arrow: mean flow / that with the arrow ↓",
+    "standing": "all told to stay: objects that stay standing ↑",
+    "quiet": "all told to stay: mean flow / that with the arrow ↓",
     "sooner": "push 1.6 times as hard: half of the motion sooner ↑",
     "iou_mean": "mask IoU per object, mean over frames ↑",
     "depth_absrel": "depth AbsRel, all pixels ↓",
@@ -160,14 +161,14 @@ class Model:
         return fingerprint(*(part for part in named if part is not None))
 
 
-def arrow_flow(maps: Maps, pushed: int, config: StageConfig) -> Tensor:
-    """The one arrow that is given, as F [2, H, W]: instance flow of the pushed object; for a stage that is controlled
-    by sparse flow, eight of that object's vectors."""
-    flow, ids = maps["flow"], maps["segmentation"]
-    mask = (ids == pushed) & (pushed > 0)
-    if config.control == "sparse_flow":
-        return sparse_flow(flow * mask[:, None], ids[0], 8, torch.Generator().manual_seed(0))
-    return instance_flow(flow, ids[0] if config.reduce == "pixel" else ids, config.reduce) * mask[0]
+def one_arrow(scene: Scene, push: str, config: StageConfig) -> tuple[Tensor, Tensor]:
+    """The one arrow that is given, the instance flow of the pushed object: F [2, H, W] and where it tells something
+    [1, H, W]. "none" tells all objects to stay."""
+    flow, ids = scene.truth[push]["flow"], scene.truth[push]["segmentation"]
+    if push == "none":
+        return torch.zeros_like(flow[0]), (ids[:1] > 0).float()
+    told = (ids[:1] == scene.pushed) & (scene.pushed > 0)
+    return instance_flow(flow, ids, config.reduce) * told, told.float()
 
 
 def stacked(scenes: list[Scene], kind: str, name: str) -> Tensor:
@@ -209,15 +210,14 @@ class Sampler:
     def sample(self, scenes: list[Scene], kind: str, seed: int) -> Maps:
         model, push = self.model, "arrow" if kind.startswith("rgb") else kind
         stage = model.stage2 if kind.startswith("rgb") else model.stage1
-        F = torch.stack([arrow_flow(scene.truth[push], scene.pushed, stage.config) for scene in scenes])
-        if push == "none":
-            F = torch.zeros_like(F)
+        arrows = [one_arrow(scene, push, stage.config) for scene in scenes]
+        F, mask = (torch.stack(maps) for maps in zip(*arrows, strict=True))
         rgb, ids, depth = (stacked(scenes, "arrow", name) for name in ("rgb", "segmentation", "depth"))
         noise = (self.settings["seed"], seed, zlib.crc32(scenes[0].path.name.encode()), stage is model.stage2)
         told = {
             "frames": rgb.shape[1], "steps": self.settings["sampling_steps"],
             "guidance": tuple(self.settings["guidance"]),
-            "fps": stacked(scenes, "arrow", "fps")[0].item(), "camera": stacked(scenes, "arrow", "camera"),
+            **{name: stacked(scenes, "arrow", name) for name in ("fps", "camera", "motion_bucket")}, "mask": mask,
             # Every batch has noise of its own, the same for every kind of push: pairs differ by the arrow alone.
             "generator": torch.Generator().manual_seed(seed_of(*noise)),
         }  # fmt: skip
@@ -405,9 +405,9 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     model = Model.load(folder, device)
     config = model.stage2.config
     clips = ClipDataset(arguments.val, config.frames)
-    if clips.height % config.cell or clips.width % config.cell:
+    if clips.height % config.vae_factor or clips.width % config.vae_factor:
         size = f"{clips.width}x{clips.height}"
-        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {config.cell}")
+        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {config.vae_factor}")
     paths = clips.paths[: arguments.clips]
     cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
     told = {name: getattr(arguments, name) for name in ("sampling_steps", "guidance", "seed", "batch")}

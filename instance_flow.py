@@ -3,15 +3,13 @@
 In training it is computed from dense flow and ids (Eq. 1-3) and partly hidden (Eq. 9); at inference it is painted from
 a user's arrows (Eq. 4). Where the masked flow moves, the motion enhancement loss looks twice (Eq. 11).
 
-    arrows, ids, told = apply_shapes(Arrows.load("arrows.json"), rgb, ids)     # boxes, polygons, masks -> ids
-    F = arrows_to_flow(arrows, torch.from_numpy(ids).long(), frames=14)        # [2, H, W]
+    F = instance_flow(flow, segmentation)                                 # Eq. 1-3
+    F, mask = random_mask(F, p=0.5, segmentation=segmentation[0])         # Eq. 9
+    M = motion_mask(F[None], tau=0.1)                                     # Eq. 11
 
 Symbols: O flow [T, 2, H, W] (dx right, dy down, pixels per frame step, frame t -> t+1), S ids (0 = background, 1..255
 objects), M^(i) mask of object i in the first frame, F instance flow [2, H, W], p masking ratio, tau threshold in pixels
-per frame step, delta frame steps per arrow: v delta is the flow of an arrow v.
-
-Places in an image: x to the right, y down, from the top left corner of the top left pixel. Pixel (i, j) is the square
-from (i, j) to (i + 1, j + 1); it is in a shape when its centre is.
+per frame step, v an arrow in pixels, delta frame steps per arrow: v delta is the flow of an arrow v.
 """
 
 from __future__ import annotations
@@ -20,9 +18,37 @@ import torch
 from torch import Tensor
 
 IDS = 256  # 0 is the background
+REDUCTIONS = ("instance", "first_mask", "pixel", "start")
+
+# ----------------------------------------------------------------------------------------- from dense flow: Eq. 1 - 3
 
 
-# --------------------------------------------------------------------------------------- from dense flow: Eq. 1 - 3
+def instance_flow(flow: Tensor, segmentation: Tensor, reduce: str = "instance") -> Tensor:
+    """Mean motion of every object, painted over its first-frame mask (Eq. 1-3); the background gets none.
+
+    flow [T, 2, H, W] or [B, T, 2, H, W]; segmentation: ids of all frames [T, H, W] or [B, T, H, W], or of the first
+    alone [H, W] or [B, H, W]. Returns [2, H, W] or [B, 2, H, W] in the flow's dtype, pixels per frame step.
+
+    Section 3.2 says "the average optical flow vectors for each object"; Eq. 1 and 2 leave open over which pixels:
+    reduce="instance": over the object's mask in each frame, then over the frames that show it. That is displacement
+        per step, which is what an arrow says, also of an object that leaves its first place.
+    reduce="first_mask": over its first-frame mask in every frame (S_0 of Eq. 1; what leaves the mask counts as rest).
+    reduce="pixel": no mean over the object; each pixel of its first-frame mask keeps its own (Eq. 2 to the letter).
+    reduce="start": as "instance", of the first step alone: how an object was pushed, not what came of it.
+    """
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce is {reduce!r}, expected one of {', '.join(REDUCTIONS)}")
+    batched, ids = _batched(flow, segmentation)
+    if reduce == "start":
+        batched, ids = batched[:, :1], ids[:, :1]
+    first = ids[:, :1]  # [B, 1, H, W]
+    if reduce == "pixel":
+        F = batched.mean(dim=1, dtype=torch.float64)
+    else:
+        means = _mean_of_ids(batched, first if reduce == "first_mask" else ids)  # [B, 2, IDS]
+        F = means.gather(2, first.flatten(1)[:, None].expand(-1, 2, -1)).view(len(batched), 2, *flow.shape[-2:])
+    F = torch.where(first > 0, F, 0.0).to(flow.dtype)
+    return F[0] if flow.ndim == 4 else F
 
 
 def _batched(flow: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,10 +63,10 @@ def _batched(flow: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor]:
         )
     if flow.ndim == 4:
         flow, segmentation = flow[None], segmentation[None]
-    return flow, _checked_ids(segmentation.view(len(flow), -1, *flow.shape[-2:]), flow.device)
+    return flow, checked_ids(segmentation.view(len(flow), -1, *flow.shape[-2:]), flow.device)
 
 
-def _checked_ids(segmentation: Tensor, device: torch.device) -> Tensor:
+def checked_ids(segmentation: Tensor, device: torch.device) -> Tensor:
     """Ids as int64 on `device`. Raises ValueError when one is not a whole number of 0 to 255."""
     if segmentation.is_floating_point() or segmentation.dtype == torch.bool:
         raise ValueError(f"segmentation is {segmentation.dtype}, expected whole numbers")
@@ -48,35 +74,6 @@ def _checked_ids(segmentation: Tensor, device: torch.device) -> Tensor:
     if ids.numel() and not 0 <= ids.min() <= ids.max() < IDS:
         raise ValueError(f"segmentation holds ids from {ids.min()} to {ids.max()}, expected 0 to {IDS - 1}")
     return ids
-
-
-def instance_flow(flow: Tensor, segmentation: Tensor, reduce: str = "instance") -> Tensor:
-    """Mean motion of every object, painted over its first-frame mask (Eq. 1-3); the background gets none.
-
-    flow [T, 2, H, W] or [B, T, 2, H, W]; segmentation: ids of the first frame [H, W] or [B, H, W], which is Eq. 1 to
-    the letter, or of all frames [T, H, W] or [B, T, H, W], which follows an object that leaves its first place.
-    Returns [2, H, W] or [B, 2, H, W] in the flow's dtype, pixels per frame step.
-
-    reduce="instance" (text of section 3.2: "the average optical flow vectors for each object"): the mean over the mask
-    in each frame, then over the frames that show the object. All frames weigh the same, as in Eq. 2, so that the
-    result is displacement per step, which is what an arrow says, also of an object that shrinks or is half hidden.
-    reduce="pixel" (Eq. 2 read literally): each pixel of the first-frame mask keeps its own mean over time.
-    reduce="start" (not in the paper): as "instance", of the first step alone. It says how an object was pushed, not
-    what came of it: a domino that has fallen has gone the same way whether slowly or fast.
-    """
-    if reduce not in ("instance", "pixel", "start"):
-        raise ValueError(f"reduce is {reduce!r}, expected 'instance', 'pixel' or 'start'")
-    batched, ids = _batched(flow, segmentation)
-    if reduce == "start":
-        batched, ids = batched[:, :1], ids[:, :1]
-    first = ids[:, 0].unsqueeze(1)  # [B, 1, H, W]
-    if reduce == "pixel":
-        F = batched.mean(dim=1, dtype=torch.float64)
-    else:
-        table = _mean_of_ids(batched, ids)  # [B, 2, IDS]
-        F = table.gather(2, first.flatten(1)[:, None].expand(-1, 2, -1)).view(len(batched), 2, *flow.shape[-2:])
-    F = torch.where(first > 0, F, 0.0).to(flow.dtype)
-    return F[0] if flow.ndim == 4 else F
 
 
 def _mean_of_ids(flow: Tensor, ids: Tensor) -> Tensor:
@@ -89,24 +86,49 @@ def _mean_of_ids(flow: Tensor, ids: Tensor) -> Tensor:
     return (sums / count.clamp(min=1)).sum(dim=1) / frames.clamp(min=1)
 
 
-def sparse_flow(flow: Tensor, segmentation: Tensor, points: int, generator: torch.Generator | None = None) -> Tensor:
-    """The control of MOFA-Video (baseline of Table 3): vectors at `points` sampled pixels, zero elsewhere.
+def marked_objects(flow: Tensor, segmentation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Which objects of a clip somebody marks who marks what he pushes and perhaps some others: bool [256].
 
-    Shapes as in `instance_flow`. The pixels are drawn without replacement, each with the same chance, from those
-    that belong to an object in the first frame and move; all of them when there are fewer than `points`. A vector is
-    the mean over time of the flow at that pixel. `generator` is a CPU generator, on any device.
+    flow [T, 2, H, W], segmentation [T, H, W]. The object of the first frame that is fastest in the first step is
+    marked, and of the others a random choice of a random number, none to all. What only appears later is not marked.
     """
-    if points < 0:
-        raise ValueError(f"points is {points}, expected 0 or more")
-    F = instance_flow(flow, segmentation, reduce="pixel")
-    flat = F.reshape(-1, 2, F.shape[-2] * F.shape[-1])
-    lots = torch.rand(len(flat), flat.shape[-1], generator=generator).to(F.device)
-    lots = torch.where((flat != 0).any(dim=1), lots, -1.0)
-    chosen = lots.topk(min(points, flat.shape[-1]), dim=1).indices[:, None].expand(-1, 2, -1)  # [B, 2, points]
-    return torch.zeros_like(flat).scatter_(2, chosen, flat.gather(2, chosen)).view_as(F)  # a lot of -1 has flow 0
+    batched, ids = _batched(flow, segmentation)
+    speed = _mean_of_ids(batched[:, :1], ids[:, :1])[0].norm(dim=0).cpu()  # [IDS]
+    there = ids[0, 0].unique().cpu()
+    there = there[there > 0]
+    marked = torch.zeros(IDS, dtype=torch.bool)
+    if len(there):
+        fastest = there[speed[there].argmax()]
+        others = there[torch.randperm(len(there), generator=generator)]
+        count = torch.randint(len(there), (1,), generator=generator)
+        marked[others[others != fastest][:count]] = True
+        marked[fastest] = True
+    return marked
 
 
-# --------------------------------------------------------------------------- random masking, motion mask: Eq. 9, 11
+# -------------------------------------------------------------------------------------------------- from arrows: Eq. 4
+
+
+def paint_arrows(vectors: Tensor, ids: Tensor, segmentation: Tensor, delta: float) -> Tensor:
+    """F_user = sum_i M^(i) v^(i) delta (Eq. 4).
+
+    vectors [N, 2] (x right, y down) in pixels, ids [N] of the objects that they move, segmentation [H, W] of the first
+    frame -> [2, H, W], float32, pixels per frame step; zero where no arrow is. Raises ValueError for an id that the
+    segmentation does not have, for the background, and for two arrows on one object.
+    """
+    segmentation = checked_ids(segmentation, segmentation.device)
+    F = torch.zeros(2, *segmentation.shape, device=segmentation.device)
+    if len(ids.unique()) < len(ids):
+        raise ValueError(f"ids are {ids.tolist()}, expected each object once")
+    for v, i in zip(vectors.to(F), ids.tolist(), strict=True):
+        M = segmentation == i
+        if i == 0 or not M.any():
+            raise ValueError(f"there is no object {i} in the segmentation")
+        F[:, M] = (v * delta)[:, None]
+    return F
+
+
+# ------------------------------------------------------------------------- random masking, motion mask: Eq. 9 and 11
 
 
 def random_mask(
@@ -115,14 +137,12 @@ def random_mask(
     unit: str = "instance",
     segmentation: Tensor | None = None,
     generator: torch.Generator | None = None,
-    keep_one: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Hides parts of the instance flow: F~ = F M_mask, M_mask 0 with probability p, the masking ratio (Eq. 9).
 
     F [2, H, W] or [B, 2, H, W]. A part is, by `unit`, one "element" of 2xHxW (Eq. 9 to the letter), one "pixel", or one
     "instance", which is what a user with one arrow for five dominoes looks like and needs the first frame's ids,
-    `segmentation` [H, W] or [B, H, W]. keep_one, for instances only and without effect on other units: when all objects
-    that move would be hidden, one of them, each with the same chance, is kept.
+    `segmentation` [H, W] or [B, H, W]. All parts may be hidden at once: F~ = 0 means that nothing is told.
 
     Returns F~ and the mask (1 = kept), both of F's dtype; the mask has 2 channels for elements, otherwise 1.
     `generator` is a CPU generator, on any device; a sample's draws depend on F's shape and its place in the batch only.
@@ -140,23 +160,37 @@ def random_mask(
         if segmentation is None or segmentation.shape != F.shape[:-3] + F.shape[-2:]:
             given = None if segmentation is None else list(segmentation.shape)
             raise ValueError(f"unit 'instance' needs segmentation {list(F.shape[:-3] + F.shape[-2:])}, got {given}")
-        ids = _checked_ids(segmentation, F.device).flatten(-2)  # [B, HW]
-        if keep_one:
-            kept |= _first_mover(F, ids, lots)
-        kept = kept.gather(-1, ids).view(shapes["pixel"])
+        kept = kept.gather(-1, checked_ids(segmentation, F.device).flatten(-2)).view(shapes["pixel"])
     mask = kept.to(F.dtype)
     return F * mask, mask
-
-
-def _first_mover(F: Tensor, ids: Tensor, lots: Tensor) -> Tensor:
-    """[B, IDS] booleans: the moving object with the highest lot, which is kept already if any of them is."""
-    moving = (F != 0).any(dim=-3).flatten(-2)  # [B, HW]
-    movers = torch.zeros_like(lots).scatter_add_(-1, ids, moving.to(lots)) > 0
-    movers[..., 0] = False  # the background is no object
-    highest = torch.where(movers, lots, -1.0).argmax(dim=-1, keepdim=True)
-    return torch.zeros_like(movers).scatter_(-1, highest, movers.gather(-1, highest))
 
 
 def motion_mask(F: Tensor, tau: float) -> Tensor:
     """M' of Eq. 11: 1 where the (masked) flow F [B, 2, H, W] is longer than tau, else 0; [B, 1, H, W], F's dtype."""
     return (F.norm(dim=-3, keepdim=True) > tau).to(F.dtype)
+
+
+# ------------------------------------------------------------------------------------ sparse optical flow: Table 3
+
+
+def sparse_flow(flow: Tensor, segmentation: Tensor, points: int, generator: torch.Generator | None = None) -> Tensor:
+    """The control of MOFA-Video (baseline of Table 3): vectors at `points` sampled pixels, zero elsewhere.
+
+    Shapes as in `instance_flow`. A vector is the mean over time of the flow at a pixel of an object's first-frame mask.
+    """
+    return sparse_points(instance_flow(flow, segmentation, reduce="pixel"), points, generator)
+
+
+def sparse_points(F: Tensor, points: int, generator: torch.Generator | None = None) -> Tensor:
+    """F [2, H, W] or [B, 2, H, W] at `points` pixels, zero elsewhere.
+
+    They are drawn without replacement, each with the same chance, among those where F is not zero; all of them when
+    there are fewer. `generator` is a CPU generator, on any device.
+    """
+    if points < 0:
+        raise ValueError(f"points is {points}, expected 0 or more")
+    flat = F.reshape(-1, 2, F.shape[-2] * F.shape[-1])
+    lots = torch.rand(len(flat), flat.shape[-1], generator=generator).to(F.device)
+    lots = torch.where((flat != 0).any(dim=1), lots, -1.0)
+    chosen = lots.topk(min(points, flat.shape[-1]), dim=1).indices[:, None].expand(-1, 2, -1)  # [B, 2, points]
+    return torch.zeros_like(flat).scatter_(2, chosen, flat.gather(2, chosen)).view_as(F)  # a lot of -1 has flow 0

@@ -12,8 +12,7 @@ Stage II paints R_t into RGB video. Between the two, R_t can be looked at and ed
     noise x_t -------------------------------------------------------> UNet -> R_t --- Stage II ---> I_t
 
 Symbols, as in the paper where it has them:
-    B T C H W     batch, frames, channels, height and width in pixels; h = H/f, w = W/f latent cells of a VAE of
-    factor f
+    B T C H W     batch, frames, channels, height and width in pixels; h = H/f, w = W/f latent cells
     I_t O_t S_t D_t   RGB frame, optical flow (t -> t+1), instance ids, depth of frame t
     R_t           (O_t, S_t, D_t); each is rendered as a picture (clips/pictures.py) and encoded by the VAE
     x_0, x_t      clean and noisy latents of what a stage predicts: x_t = x_0 + sigma * noise
@@ -22,41 +21,33 @@ Symbols, as in the paper where it has them:
     M'            motion mask (Eq. 11);  lambda weight of the motion enhancement loss (Eq. 12, Algorithm 1)
     c, e_cam      camera motion [B, 2] and its encoding [B, 1, D] (supplement, section 7)
 
-Try it: `python sample.py`. Train it: `python train.py --stage 1 ...`, see train.py.
+Try it: `python sample.py`. Train it: `python train.py --stage 1 ...`, see train.py. Where the paper is silent, what we
+decided and measured is in docs/choices.md.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
-from einops import rearrange, repeat
-from safetensors import safe_open
-from safetensors.torch import save_file
+from einops import rearrange
 from torch import Tensor, nn
 
-from clips.pictures import (
-    depth_to_picture,
-    flow_to_picture,
-    picture_to_depth,
-    picture_to_flow,
-    picture_to_segmentation,
-    segmentation_to_picture,
-)
-from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow
+from clips import Motion, draft_video, render, unrender
+from instance_flow import REDUCTIONS, sparse_points
 from splat import softsplat
-from svd import VAE, ImageEncoder, UNet, UNetConfig, karras_sigmas
-from weights import load_strict, resolve_source, save_safetensors
+from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video, gaussian, karras_sigmas
+from weights import Source, open_folder, read_stage, save_folder
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+Maps = dict[str, Tensor]  # by modality: "rgb", "flow", "segmentation", "depth"
 
+WEIGHTS = "diffusion_pytorch_model"
+MOTION_BUCKET = 127.0  # what a stage is told that must not know how much will move
+POINTS = 8  # of the sparse control of Table 3
 
 # ------------------------------------------------------------------------------------------------------ what a stage is
 
@@ -70,25 +61,17 @@ class StageConfig:
     first_frame: tuple[str, ...] = ("rgb", "segmentation", "depth")  # latents of frame 0 that are known
     parameterization: str = "x0"  # "x0" (Eq. 5, Stage I) or "v" (Stage II)
     control: str = "instance_flow"  # "instance_flow", "sparse_flow" (Table 3, as in MOFA-Video) or "none"
-    reduce: str = "instance"  # Eq. 2: an object's mean ("instance"), each pixel's ("pixel"), the first step's ("start")
+    reduce: str = "instance"  # how Eq. 1-3 are read, see `instance_flow`
     mask_unit: str = "instance"  # Eq. 9 per "instance", "pixel" or (literally) "element"
     mask_ratio: float = 0.5  # p of Eq. 9
-    mask_keep_one: bool = True  # never hide the last moving object: no arrow at all then means that nothing moves
-    mask_start: float = 0.0  # share of clips that show the arrows of what moves at once (the push), and no other
-    still_ratio: float = 0.0  # share of clips shown as if nobody had pushed: no arrow, nothing moves (scenes at rest)
     splat_time: str = "linear"  # frame t is warped by t F ("linear") or by F ("constant", Eq. 7 literally)
-    show_flow: bool = False  # C^(s) sees F too, not only I_0, S_0, D_0
     motion_weight: float = 1.0  # lambda of Algorithm 1
     motion_threshold: float = 0.1  # tau of Eq. 11, pixels per frame step
-    predict_change: bool = False  # the network denoises the change since frame 0 (where that is known), not x_0 itself
-    draft: bool = False  # Stage II sees and corrects a draft of every frame (`draft_video`) for I_0's latents
-    keep_first_frame: bool = True  # I_0, S_0, D_0 are known: the sampler puts them back instead of sampling them
     sigma_mean: float = 0.7  # ln sigma ~ N(sigma_mean, sigma_std^2) in training
     sigma_std: float = 1.6
     sigma_max: float = 700.0  # where sampling starts
     latent_channels: int = 4
-    vae_factor: int = 8  # f: the scales of Eq. 6 are f, 2f, 4f, 8f (times patch)
-    patch: int = 1  # the UNet takes patch x patch latents as one cell: a quarter of the arithmetic
+    vae_factor: int = 8  # f: the scales s of Eq. 6 are f, 2 f, 4 f, 8 f
     frames: int = 14  # what the stage was trained on; sample.py's defaults
     width: int = 512
     height: int = 320
@@ -98,28 +81,33 @@ class StageConfig:
         choices = {
             "parameterization": ("x0", "v"),
             "control": ("instance_flow", "sparse_flow", "none"),
-            "reduce": ("instance", "pixel", "start"),
+            "reduce": REDUCTIONS,
             "mask_unit": ("instance", "pixel", "element"),
             "splat_time": ("linear", "constant"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if self.draft and not (self.predict == self.first_frame == ("rgb",) and "segmentation" in self.given):
-            raise ValueError("draft is True, but only a Stage II that is given the segmentation can have one")
-
-    @property
-    def cell(self) -> int:
-        """Pixels of a side of what the UNet sees as one cell."""
-        return self.vae_factor * self.patch
 
     @property
     def in_channels(self) -> int:
-        return self.latent_channels * (len(self.predict) + len(self.first_frame) + len(self.given)) * self.patch**2
+        return self.latent_channels * (len(self.predict) + len(self.first_frame) + len(self.given))
 
     @property
     def out_channels(self) -> int:
-        return self.latent_channels * len(self.predict) * self.patch**2
+        return self.latent_channels * len(self.predict)
+
+    @property
+    def picture_channels(self) -> int:
+        """What C^(s) sees: I_0, S_0 and D_0, three channels each."""
+        return 9
+
+    @property
+    def latents(self) -> dict[str, bool]:
+        """Modalities whose latents the stage needs; True: of every frame, False: of the first. (I_0 is encoded with
+        fresh noise in every step.)"""
+        first = {name: False for name in self.first_frame if name != "rgb"}
+        return first | dict.fromkeys((*self.predict, *self.given), True)
 
 
 STAGE1 = StageConfig()
@@ -149,285 +137,44 @@ ABLATIONS: dict[str, tuple[StageConfig, StageConfig]] = {
     "sparse_flow": (replace(STAGE1, control="sparse_flow"), replace(STAGE2, control="sparse_flow")),
 }
 
-
-# ----------------------------------------------------------------------- R_t as pictures, pictures as latents, and back
+# ---------------------------------------------------------------------------------------------- what a stage is told
 
 
 @dataclass
-class Motion:
-    """R_t of a batch: flow [B, T, 2, H, W] in pixels, segmentation and depth [B, T, H, W]; None = absent."""
+class Told:
+    """What a stage is told about a batch before a network sees it: by clips in training, by a user in sampling."""
 
-    flow: Tensor | None
-    segmentation: Tensor | None
-    depth: Tensor | None
-
-    def save(self, path: str | os.PathLike) -> None:
-        """`motion.safetensors`: the file between the stages, for looking at and editing."""
-        parts = {name: value.cpu().contiguous() for name, value in vars(self).items() if value is not None}
-        partial = Path(f"{path}.partial")
-        save_file(parts, partial)
-        os.replace(partial, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Motion:
-        """Raises ValueError that names the file when it is missing, damaged, misshapen or holds NaN."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        except Exception as error:
-            raise ValueError(f"{path}: {error}") from None
-        unknown = set(parts) - {"flow", "segmentation", "depth"}
-        if unknown or not parts:
-            raise ValueError(
-                f"{path}: holds {', '.join(sorted(parts)) or 'nothing'}, expected flow, segmentation, depth"
-            )
-        for name, value in parts.items():
-            if value.ndim != (5 if name == "flow" else 4):
-                raise ValueError(f"{path}: {name} has shape {list(value.shape)}")
-            if not torch.isfinite(value.float()).all():
-                raise ValueError(f"{path}: {name} holds a value that is not finite")
-        return cls(**{name: parts.get(name) for name in ("flow", "segmentation", "depth")})
-
-
-def render(modality: str, value: Tensor, first: Tensor | None = None) -> Tensor:
-    """A modality [B, T, ...] as pictures [B, T, 3, H, W]; `first` is S_0 or D_0 [B, H, W]: sets colours and scale."""
-    if modality == "rgb":
-        return value
-    if modality == "flow":
-        return flow_to_picture(value)
-    codec = {"segmentation": segmentation_to_picture, "depth": depth_to_picture}[modality]
-    firsts = [None] * len(value) if first is None else first
-    return torch.stack([codec(v, f) for v, f in zip(value, firsts, strict=True)])
-
-
-def unrender(modality: str, pictures: Tensor, first: Tensor | None = None) -> Tensor:
-    """The inverse of `render`."""
-    if modality == "rgb":
-        return pictures
-    if modality == "flow":
-        return picture_to_flow(pictures)
-    codec = {"segmentation": picture_to_segmentation, "depth": picture_to_depth}[modality]
-    firsts = [None] * len(pictures) if first is None else first
-    return torch.stack([codec(p, f) for p, f in zip(pictures, firsts, strict=True)])
-
-
-def draft_video(image: Tensor, segmentation: Tensor) -> Tensor:
-    """I_0 [B, 3, H, W] and S_t [B, T, H, W] -> [B, T, 3, H, W]: I_0, on which whatever pixel has come to another object
-    has the mean colour that this object has in I_0. Not in the paper; a small Stage II need only correct it.
-
-    An object that I_0 does not show gets the mean colour of the background.
-    """
-    ids, first = segmentation.flatten(1), segmentation[:, 0].flatten(1)
-    count = int(segmentation.max()) + 1
-    member = nnf.one_hot(first, count).to(image)  # [B, H W, ids]
-    size = member.sum(dim=1)[:, None]
-    mean = image.flatten(2) @ member / size.clamp(min=1)  # [B, 3, ids]
-    mean = torch.where(size > 0, mean, mean[:, :, :1])
-    painted = mean.gather(2, ids[:, None].expand(-1, 3, -1)).view(len(image), 3, *segmentation.shape[1:])
-    stays = (segmentation == segmentation[:, :1])[:, None]
-    return rearrange(torch.where(stays, image[:, :, None], painted), "b c t h w -> b t c h w")
-
-
-def encode(vae: VAE, pictures: Tensor) -> Tensor:
-    """[B, T, 3, H, W] -> latents [B, T, C, h, w] of unit size: scaled here and in `decode`, nowhere else."""
-    latents = vae.encode(rearrange(pictures, "b t c h w -> (b t) c h w"))
-    return rearrange(latents, "(b t) c h w -> b t c h w", b=len(pictures)) * vae.scaling_factor
-
-
-def decode(vae: VAE, latents: Tensor, chunk: int | None = None) -> Tensor:
-    """Latents of unit size [B, T, C, h, w] -> pictures [B, T, 3, H, W]."""
-    return vae.decode(latents / vae.scaling_factor, chunk)
-
-
-def round_trip(vae: VAE, modality: str, value: Tensor, first: Tensor | None = None) -> Tensor:
-    """A modality [B, T, ...] through the VAE and back: no stage that uses this VAE can do better."""
-    return unrender(modality, decode(vae, encode(vae, render(modality, value, first))), first)
-
-
-# ----------------------------------------------------------------------------------------------- conditions and batches
+    image: Tensor  # [B, 3, H, W]  I_0 in [-1, 1]
+    segmentation: Tensor  # [B, H, W]  S_0, ids
+    depth: Tensor  # [B, H, W]     D_0
+    present: dict[str, Tensor]  # bool [B] for "rgb", "segmentation", "depth": what is not is left out
+    F: Tensor  # [B, 2, H, W]      instance flow, masked or from arrows
+    mask: Tensor  # [B, 1, H, W]   1 where F tells something (M_mask of Eq. 9, on objects)
+    camera: Tensor  # [B, 2]       c
+    fps: Tensor  # [B]
+    motion_bucket: Tensor  # [B]
+    noise_aug: Tensor  # [B]       size of the noise on I_0 before it is encoded
 
 
 @dataclass
 class Condition:
-    """Everything a stage is told. What is absent (dropped in training, or not given by the user) is zero."""
+    """The same, as the network takes it. What is absent (dropped in training, or not given by the user) is zero."""
 
     first_pictures: Tensor  # [B, 9, H, W]        I_0, S_0, D_0 as pictures, for C^(s)
-    first_latents: Tensor  # [B, C n, h, w]       the VAE's posterior modes of `first_frame`, not scaled (as in SVD)
+    first_latents: Tensor  # [B, 1, C n, h, w]    the VAE's posterior modes of `first_frame`, not scaled (as in SVD)
     known: Tensor  # [B, C p, h, w]               scaled latents of frame 0 of what is predicted; NaN where not known
     given: Tensor  # [B, T, C g, h, w]            scaled latents of every frame (Stage II: R_t)
-    draft: Tensor  # [B, T, C, h, w]              scaled latents of `draft_video`; C is 0 without
     token: Tensor  # [B, 1, D]                    CLIP image token
     added_ids: Tensor  # [B, 3]                   fps - 1, motion bucket, noise augmentation
-    F: Tensor  # [B, 2, H, W]                     instance flow, masked or from arrows
-    camera: Tensor  # [B, 2]                      c
+    F: Tensor  # [B, 2, H, W]
+    camera: Tensor  # [B, 2]
 
     def without_image(self) -> Condition:
-        """The unconditional half of classifier-free guidance: no image token, no first-frame latents (as SVD)."""
-        zeros = {name: torch.zeros_like(getattr(self, name)) for name in ("token", "first_latents", "draft")}
-        return replace(self, **zeros, known=torch.full_like(self.known, math.nan))
-
-
-@dataclass
-class Batch:
-    """One training step: x_0 and what the stage is told about it."""
-
-    x0: Tensor  # [B, T, C p, h, w]
-    condition: Condition
-
-
-@torch.no_grad()
-def encode_clips(clips: dict[str, Tensor], vae: VAE, image_encoder: ImageEncoder, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of clips (`Clip.tensors`, stacked) -> all that training needs of them, whatever the stage; can be
-    cached.
-
-    Latents of the four modalities and of the draft [B, T, C, h, w], first-frame pictures [B, 9, H, W], image token,
-    instance flow in both readings, of the first step alone, and sparse [B, 2, H, W], S_0, camera, fps, motion bucket.
-    """
-    first = {"rgb": None, "flow": None, "segmentation": clips["segmentation"][:, 0], "depth": clips["depth"][:, 0]}
-    pictures = {name: render(name, clips[name], first[name]) for name in first}
-    pictures["draft"] = draft_video(clips["rgb"][:, 0], clips["segmentation"])
-    sparse = torch.Generator().manual_seed(seed)
-    return {f"latents.{name}": encode(vae, picture) for name, picture in pictures.items()} | {
-        "first_pictures": torch.cat([pictures[name][:, 0] for name in ("rgb", "segmentation", "depth")], dim=1),
-        "token": image_encoder(clips["rgb"][:, 0]),
-        "F.instance": instance_flow(clips["flow"], clips["segmentation"]),
-        "F.start": instance_flow(clips["flow"], clips["segmentation"], reduce="start"),
-        "F.pixel": instance_flow(clips["flow"], clips["segmentation"][:, 0], reduce="pixel"),
-        "F.sparse": sparse_flow(clips["flow"], clips["segmentation"][:, 0], points=8, generator=sparse),
-        "segmentation": first["segmentation"],
-        **{name: clips[name] for name in ("camera", "fps", "motion_bucket")},
-    }
-
-
-def gaussian(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Standard normal numbers for training. On a GPU they are drawn there (a CPU takes as long as a small step), from a
-    seed that the generator draws: they stay a function of its state."""
-    if device.type == "cpu" or generator is None:
-        return torch.randn(shape, generator=generator).to(device)
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
-
-
-def moves_at_once(start: Tensor) -> Tensor:
-    """[B, 2, H, W], each object's flow in the first step -> [B, 1, H, W] of 0/1: objects at least half as fast as the
-    fastest. They are what was pushed; what they hit moves later."""
-    speed = start.norm(dim=1, keepdim=True)
-    return ((speed > 0) & (2 * speed >= speed.amax(dim=(1, 2, 3), keepdim=True))).float()
-
-
-def at_rest(modality: str, latents: Tensor, vae: VAE, rgb: Tensor) -> Tensor:
-    """Latents [B, T, C, h, w] of a clip -> those of the same scene in which nothing moves: flow 0, all else as in frame
-    0 (rgb [B, 3, H, W] has its size)."""
-    first = latents[:, :1]
-    if modality == "flow":
-        first = encode(vae, render("flow", torch.zeros_like(rgb[:1, None, :2])))
-    return first.expand_as(latents)
-
-
-def training_batch(
-    config: StageConfig, encoded: dict[str, Tensor], vae: VAE, generator: torch.Generator, drop: float = 0.1
-) -> Batch:
-    """Algorithm 1, lines 2-4: conditions of encoded clips with random masking (Eq. 9) and random dropping.
-
-    With probability `drop` each, and for each clip by itself: image token and first-frame latents together (for
-    guidance); S_0; D_0 (so that a user may leave them out). The first RGB frame is encoded with noise of its own, of
-    log-normal size.
-    """
-    batch, device = len(encoded["token"]), encoded["token"].device
-
-    def keep() -> Tensor:
-        return (torch.rand(batch, generator=generator) >= drop).float().to(device)
-
-    rgb, *maps = encoded["first_pictures"].split(3, dim=1)
-    noise_aug = (torch.randn(batch, generator=generator) * 0.5 - 3).exp().to(device)  # around SVD's 0.02 .. 0.1
-    noise = gaussian(rgb.shape, generator, device)
-    first = {"rgb": vae.encode(rgb + noise_aug.view(-1, 1, 1, 1) * noise)}
-    pictures, image_kept = [rgb], keep().view(-1, 1, 1, 1)
-    known = {"rgb": image_kept, "flow": 0 * image_kept}
-    for name, picture in zip(("segmentation", "depth"), maps, strict=True):
-        kept = keep().view(-1, 1, 1, 1)
-        first[name] = encoded[f"latents.{name}"][:, 0] / vae.scaling_factor * kept
-        pictures.append(picture * kept)
-        known[name] = kept * image_kept
-    F = encoded["F.sparse" if config.control == "sparse_flow" else f"F.{config.reduce}"]
-    pushed = F * moves_at_once(encoded["F.start"])
-    if config.control == "instance_flow":
-        F, _ = random_mask(
-            F, config.mask_ratio, config.mask_unit, encoded["segmentation"], generator, keep_one=config.mask_keep_one
-        )
-    if config.mask_start > 0:
-        shown = torch.rand(batch, generator=generator) < config.mask_start
-        F = torch.where(shown.view(-1, 1, 1, 1).to(device), pushed, F)
-    drafts = ("draft",) if config.draft else ()
-    latents = {name: encoded[f"latents.{name}"] for name in (*config.predict, *config.given, *drafts)}
-    if config.still_ratio > 0:
-        still = (torch.rand(batch, generator=generator) < config.still_ratio).view(-1, 1, 1, 1).to(device)
-        F = torch.where(still, 0.0, F)
-        latents = {n: torch.where(still[:, None], at_rest(n, v, vae, rgb), v) for n, v in latents.items()}
-    x0 = torch.cat([latents[name] for name in config.predict], dim=2)
-    condition = Condition(
-        first_pictures=torch.cat(pictures, dim=1),
-        first_latents=torch.cat([first[name] for name in config.first_frame], dim=1) * image_kept,
-        known=torch.cat([latents[n][:, 0].where(known[n] > 0, math.nan) for n in config.predict], dim=1),
-        given=torch.cat([x0[:, :, :0], *(latents[name] for name in config.given)], dim=2),
-        draft=torch.cat([x0[:, :, :0], *(latents[name] for name in drafts)], dim=2) * image_kept[:, None],
-        token=encoded["token"] * image_kept[:, 0],
-        added_ids=torch.stack([encoded["fps"] - 1, encoded["motion_bucket"], noise_aug], dim=1),
-        F=F,
-        camera=encoded["camera"],
-    )
-    return Batch(x0, condition)
-
-
-@torch.no_grad()
-def sampling_condition(
-    config: StageConfig,
-    vae: VAE,
-    image_encoder: ImageEncoder,
-    image: Tensor,
-    segmentation: Tensor | None,
-    depth: Tensor | None,
-    F: Tensor,
-    camera: Tensor | None = None,
-    motion: Motion | None = None,
-    *,
-    frames: int,
-    fps: float = 7.0,
-    motion_bucket: float = 127.0,
-    noise_aug: float = 0.02,
-    generator: torch.Generator | None = None,
-) -> Condition:
-    """What a user gives -> Condition. image [B, 3, H, W], segmentation and depth [B, H, W] or None, F [B, 2, H, W]."""
-    batch, device = len(image), image.device
-    firsts = {"rgb": None, "segmentation": segmentation, "depth": depth}
-    values = {"rgb": image, "segmentation": segmentation, "depth": depth}
-    pictures = {
-        n: torch.zeros_like(image) if v is None else render(n, v[:, None], firsts[n])[:, 0] for n, v in values.items()
-    }
-    noise = torch.randn(image.shape, generator=generator).to(image)
-    noisy = pictures | {"rgb": image + noise_aug * noise}
-    latents = {name: vae.encode(noisy[name]) * (values[name] is not None) for name in config.first_frame}
-    unknown = torch.full_like(latents["rgb"], math.nan)
-    known = [
-        encode(vae, pictures[name][:, None])[:, 0]
-        if config.keep_first_frame and values.get(name) is not None
-        else unknown
-        for name in config.predict
-    ]
-    nothing = unknown[:, None, :0].expand(-1, frames, -1, -1, -1)
-    given = [encode(vae, render(name, getattr(motion, name), firsts.get(name))) for name in config.given]
-    draft = [encode(vae, draft_video(image, motion.segmentation))] if config.draft else []
-    return Condition(
-        first_pictures=torch.cat(list(pictures.values()), dim=1),
-        first_latents=torch.cat(list(latents.values()), dim=1),
-        known=torch.cat(known, dim=1),
-        given=torch.cat([nothing, *given], dim=2),
-        draft=torch.cat([nothing, *draft], dim=2),
-        token=image_encoder(image),
-        added_ids=torch.tensor([[fps - 1, motion_bucket, noise_aug]], device=device).repeat(batch, 1),
-        F=F,
-        camera=torch.zeros(batch, 2, device=device) if camera is None else camera,
-    )
+        """The null branch of classifier-free guidance sees nothing of I_0: no token, no latents, no RGB in C^(s)."""
+        pictures = self.first_pictures.clone()
+        pictures[:, :3] = 0
+        zeros = {name: torch.zeros_like(getattr(self, name)) for name in ("token", "first_latents")}
+        return replace(self, first_pictures=pictures, **zeros, known=torch.full_like(self.known, math.nan))
 
 
 # --------------------------------------------------------------------------- instance flow into the network (Eq. 6 - 8)
@@ -443,11 +190,10 @@ class FlowControl(nn.Module):
 
     def __init__(self, channels: list[int], config: StageConfig) -> None:
         super().__init__()
-        self.cell, self.splat_time = config.cell, config.splat_time
-        self.sparse, self.show_flow = config.control == "sparse_flow", config.show_flow
+        self.factor, self.splat_time = config.vae_factor, config.splat_time
         widths = [max(16, c // 4) for c in channels]
-        stem = [nn.Conv2d(11 if self.show_flow else 9, widths[0], 3, padding=1)]
-        for _ in range(int(math.log2(self.cell))):
+        stem = [nn.Conv2d(config.picture_channels, widths[0], 3, padding=1)]
+        for _ in range(int(math.log2(self.factor))):
             stem += [nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, stride=2, padding=1)]
         self.stem = nn.Sequential(*stem)
         self.down = nn.ModuleList(
@@ -462,12 +208,11 @@ class FlowControl(nn.Module):
     def forward(self, first_pictures: Tensor, F: Tensor, frames: int) -> list[Tensor]:
         """[B, 9, H, W], [B, 2, H, W] -> one W^(s) [B, T, C_s, h_s, w_s] per scale."""
         time = torch.arange(frames, device=F.device) if self.splat_time == "linear" else F.new_ones(frames)
-        seen = [first_pictures, torch.asinh(F)] if self.show_flow else [first_pictures]
-        x, warped = self.stem(torch.cat(seen, dim=1)), []
+        x, warped = self.stem(first_pictures), []
         for level, (features, metric) in enumerate(zip(self.features, self.metrics, strict=True)):
             if level > 0:
                 x = self.down[level - 1](x)
-            F_s = resize_flow(F, self.cell * 2**level, x.shape[-2:], self.sparse)
+            F_s = resize_flow(F, self.factor * 2**level, x.shape[-2:])
             F_t = rearrange(time.view(-1, 1, 1, 1) * F_s[:, None], "b t c h w -> (b t) c h w")
             C_s = nnf.silu(x)
             W_s = softsplat(features(C_s), F_t, metric(C_s))
@@ -475,15 +220,14 @@ class FlowControl(nn.Module):
         return warped
 
 
-def resize_flow(F: Tensor, s: int, size: tuple[int, int], sparse: bool = False) -> Tensor:
-    """F^(s) = 1/s Resize(F, H/s, W/s) (Eq. 6), by area average, so that a thin object is not lost.
+def resize_flow(F: Tensor, s: int, size: tuple[int, int]) -> Tensor:
+    """F^(s) = 1/s Resize(F, H/s, W/s) (Eq. 6): [B, 2, H, W] -> [B, 2, *size], in cells per frame step.
 
-    A sparse F is averaged over its non-zero pixels only: a lone vector would all but vanish among zeros.
+    The mean over those pixels of a cell that F covers (where it is not zero): averaged with the zeros around it, a thin
+    object would lose most of its speed, and a lone vector all of it.
     """
-    mean = nnf.adaptive_avg_pool2d(F.float(), size)
-    if sparse:
-        mean = mean / nnf.adaptive_avg_pool2d((F != 0).any(1, keepdim=True).float(), size).clamp(min=1e-6)
-    return mean / s
+    covered = nnf.adaptive_avg_pool2d((F != 0).any(dim=1, keepdim=True).float(), size)
+    return nnf.adaptive_avg_pool2d(F.float(), size) / covered.clamp(min=1e-6) / s
 
 
 class CameraEncoder(nn.Module):
@@ -524,6 +268,15 @@ def precondition(sigma: Tensor, parameterization: str) -> tuple[Tensor, Tensor, 
     raise ValueError(f"parameterization is {parameterization!r}, expected 'x0' or 'v'")
 
 
+@dataclass
+class Batch:
+    """One training step: x_0, what the stage is told about it, and where the motion enhancement loss looks."""
+
+    x0: Tensor  # [B, T, C p, h, w]
+    condition: Condition
+    M: Tensor  # [B, 1, H, W]  M' of Eq. 11
+
+
 class MotionDreamer(nn.Module):
     """One stage: SVD's UNet with more input channels, plus instance flow and camera motion. Which stage: `config`."""
 
@@ -536,6 +289,44 @@ class MotionDreamer(nn.Module):
         if stage_config.control != "none":
             self.flow_control = FlowControl(self.unet.residual_channels, stage_config)
         self.camera = CameraEncoder(unet_config.cross_attention_dim, self.unet.temporal_query_channels)
+
+    def encode(self, name: str, maps: Maps, firsts: dict[str, Tensor | None], vae: VAE) -> Tensor:
+        """Scaled latents [B, T, C, h, w] of one modality that `config.latents` names; of frame 0 where that is enough.
+
+        maps: modalities [B, T, ...]; firsts: S_0 and D_0 [B, H, W] or None, which set colours and scale.
+        """
+        shown = maps[name] if self.config.latents[name] else maps[name][:, :1]
+        return encode_video(vae, render(name, shown, firsts.get(name)), self.config.vae_factor)
+
+    def tell(self, told: Told, latents: Maps, token: Tensor, vae: VAE, noise: Tensor) -> Condition:
+        """The one condition builder: training and sampling differ in where `told` and `latents` come from, and in
+        nothing else.
+
+        latents: scaled, [B, T, C, h, w] or of frame 0 alone, by the names of `config.latents`. token [B, 1, D]. noise
+        [B, 3, H, W], normal: `told.noise_aug` of it is added to I_0 before the VAE.
+        """
+        config, B = self.config, len(token)
+        present = {name: there.view(B, 1, 1, 1).to(token.dtype) for name, there in told.present.items()}
+        seen = {name: there * present["rgb"] for name, there in present.items()}  # a null branch sees no latents
+
+        maps = {"segmentation": told.segmentation, "depth": told.depth}
+        pictures = {"rgb": told.image} | {n: render(n, value[:, None], value)[:, 0] for n, value in maps.items()}
+        noisy = told.image + told.noise_aug.view(B, 1, 1, 1) * noise
+        first = {"rgb": encode_video(vae, noisy[:, None], config.vae_factor)}
+        first |= {n: latents[n][:, :1] for n in config.first_frame if n != "rgb"}
+        first = {n: latent[:, 0] / vae.scaling_factor for n, latent in first.items()}
+        known = {"flow": torch.full_like(first["rgb"], math.nan)}
+        known |= {n: latents[n][:, 0].where(seen[n] > 0, math.nan) for n in config.predict if n != "flow"}
+        return Condition(
+            first_pictures=torch.cat([pictures[n] * present[n] for n in pictures], dim=1),
+            first_latents=torch.cat([first[n] * seen[n] for n in config.first_frame], dim=1)[:, None],
+            known=torch.cat([known[n] for n in config.predict], dim=1),
+            given=torch.cat([latents[n] for n in config.given], dim=2) if config.given else first["rgb"][:, None, :0],
+            token=token * present["rgb"][:, 0],
+            added_ids=torch.stack([told.fps - 1, told.motion_bucket, told.noise_aug], dim=1),
+            F=told.F,
+            camera=told.camera,
+        )
 
     def control(self, cond: Condition, frames: int) -> tuple[list[Tensor] | None, Tensor, list[Tensor]]:
         """What does not depend on the noise, computed once per clip: W^(s), context, camera offsets of the queries."""
@@ -551,15 +342,10 @@ class MotionDreamer(nn.Module):
         warped, context, queries = control or self.control(cond, frames)
         c_skip, c_out, c_in, c_noise, _ = precondition(sigma.float(), self.config.parameterization)
         c_skip, c_out, c_in = (c.view(-1, 1, 1, 1, 1) for c in (c_skip, c_out, c_in))
-        first = repeat(cond.first_latents, "b c h w -> b t c h w", t=frames)
-        start = cond.known.nan_to_num()[:, None] if self.config.predict_change else 0
-        if self.config.draft:
-            first = start = cond.draft
-        x = x - start
-        stacked = torch.cat([c_in * x, first, cond.given], dim=2)
-        cells = nnf.pixel_unshuffle(stacked, self.config.patch)  # [B, T, in_channels, h / patch, w / patch]
-        F_x = self.unet(cells, c_noise, context, cond.added_ids, residuals=warped, temporal_query=queries)
-        return start + c_skip * x + c_out * nnf.pixel_shuffle(F_x.float(), self.config.patch)
+        first, given = (latents.expand(-1, frames, -1, -1, -1) for latents in (cond.first_latents, cond.given))
+        stacked = torch.cat([c_in * x, first, given], dim=2)  # [B, T, in_channels, h, w]
+        F_x = self.unet(stacked, c_noise, context, cond.added_ids, residuals=warped, temporal_query=queries)  # Eq. 8
+        return c_skip * x + c_out * F_x.float()
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """L = L_recon + lambda L_motion (Algorithm 1, line 6), both per sample, plus the error of each modality.
@@ -567,14 +353,14 @@ class MotionDreamer(nn.Module):
         L_recon is Eq. 5/10. L_motion (Eq. 12) is the same error where the masked instance flow moves (Eq. 11),
         brought to the latent grid by max-pooling. Both are means over all elements, weighted by noise level.
         """
-        x0, cond, config = batch.x0, batch.condition, self.config
+        x0, config = batch.x0, self.config
         z = torch.randn(len(x0), generator=generator).to(x0.device)
         noise = gaussian(x0.shape, generator, x0.device)
         sigma = (config.sigma_mean + config.sigma_std * z).exp()
-        prediction = self.denoise(x0 + sigma.view(-1, 1, 1, 1, 1) * noise, sigma, cond)
+        prediction = self.denoise(x0 + sigma.view(-1, 1, 1, 1, 1) * noise, sigma, batch.condition)
         *_, weight = precondition(sigma, config.parameterization)
         error = weight.view(-1, 1, 1, 1, 1) * (x0 - prediction) ** 2  # [B, T, C p, h, w]
-        M = nnf.adaptive_max_pool2d(motion_mask(cond.F, config.motion_threshold), x0.shape[-2:])[:, None]
+        M = nnf.adaptive_max_pool2d(batch.M, x0.shape[-2:])[:, None]
         recon, motion = error.mean(dim=(1, 2, 3, 4)), (error * M).mean(dim=(1, 2, 3, 4))
         parts = error.mean(dim=(1, 3, 4)).view(len(x0), len(config.predict), -1).mean(-1)
         return {
@@ -589,74 +375,51 @@ class MotionDreamer(nn.Module):
         return self.loss(batch, generator)
 
     @classmethod
-    def from_svd(cls, source: str | os.PathLike, stage_config: StageConfig, device: str = "cpu") -> MotionDreamer:
-        """A new stage from SVD's UNet (`source`: folder or hub id). What SVD does not have starts at zero."""
+    def from_svd(cls, source: Source, stage_config: StageConfig, device: str = "cpu") -> MotionDreamer:
+        """A new stage from SVD's UNet (`source`: folder or hub id). What SVD does not have starts at zero.
+
+        conv_out is copied to every predicted modality, and negated where x_0 is predicted: SVD's v is about -x_0 at
+        most noise levels. Eq. 5's loss of a perfect SVD is then 0.50; with the sign as it is 3.51, with zeros 1.00.
+        """
         svd = UNet.from_pretrained(source, subfolder="unet", dtype=torch.float32, device=device)
         with torch.device(device):
             model = cls(stage_config, svd.config)
         weights = svd.state_dict()
         weights["conv_in.weight"] = inflate_conv_in(weights["conv_in.weight"], stage_config)
+        sign = -1 if stage_config.parameterization == "x0" else 1
         for name in ("conv_out.weight", "conv_out.bias"):
-            weights[name] = inflate_conv_out(weights[name], stage_config)
+            weights[name] = torch.cat([sign * weights[name]] * len(stage_config.predict))
         model.unet.load_state_dict(weights, assign=True)
         return model
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | os.PathLike,
-        subfolder: str | None = None,
-        dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        cls, source: Source, subfolder: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
     ) -> MotionDreamer:
         """Opens a folder written by `save_pretrained`. Raises ValueError or FileNotFoundError that name the file."""
-        folder = resolve_source(source, subfolder)
-        path = folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            stage = {k: tuple(v) if isinstance(v, list) else v for k, v in config["stage"].items()}
-            stage, unet = StageConfig(**stage), UNetConfig.from_dict(config["unet"])
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file; expected a stage written by train.py") from None
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        with torch.device("meta"):
-            model = cls(stage, unet)
-        load_strict(model, folder / WEIGHTS, dtype, device)
-        return model
+        return open_folder(source, subfolder, WEIGHTS, build, dtype, device)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: Source) -> None:
         """config.json (StageConfig and UNetConfig) and the weights, each written whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(self.state_dict(), folder / WEIGHTS)
-        text = json.dumps({"stage": asdict(self.config), "unet": self.unet.config.to_dict()}, indent=2)
-        partial = folder / "config.json.partial"
-        partial.write_text(text + "\n")
-        os.replace(partial, folder / "config.json")
+        config = {"stage": asdict(self.config), "unet": self.unet.config.to_dict()}
+        save_folder(folder, WEIGHTS, self.state_dict(), config)
 
 
 def inflate_conv_in(weight: Tensor, config: StageConfig) -> Tensor:
     """SVD's conv_in [C_out, 8, 3, 3] (noisy, first frame) -> [C_out, in_channels, 3, 3] (predict, first_frame, given).
 
-    The noisy slice is copied to every predicted modality and divided by their number; the first-frame slice is
-    copied to the first RGB frame; everything else is zero. With predict = (rgb,) the layer computes what SVD's did.
+    The noisy slice is copied to each of n predicted modalities and divided by sqrt(n), so that their noise adds up to
+    the size that SVD knows; the first-frame slice is copied to the first RGB frame; everything else is zero. With
+    predict = (rgb,) the layer computes what SVD's did.
     """
     c, new = config.latent_channels, weight.new_zeros(weight.shape[0], config.in_channels, *weight.shape[2:])
-    if config.patch != 1:
-        raise ValueError(f"patch is {config.patch}: SVD's weights take latents one by one")
     if weight.shape[1] != 2 * c:
         raise ValueError(f"conv_in takes {weight.shape[1]} channels, expected SVD's {2 * c}")
-    predicted = len(config.predict)
-    new[:, : c * predicted] = weight[:, :c].repeat(1, predicted, 1, 1) / predicted
-    start = c * (predicted + config.first_frame.index("rgb"))
+    n = len(config.predict)
+    new[:, : c * n] = weight[:, :c].repeat(1, n, 1, 1) / math.sqrt(n)
+    start = c * (n + config.first_frame.index("rgb"))
     new[:, start : start + c] = weight[:, c:]
     return new
-
-
-def inflate_conv_out(parameter: Tensor, config: StageConfig) -> Tensor:
-    """SVD's conv_out (weight or bias of 4 channels) -> one copy for every predicted modality."""
-    return parameter.repeat(len(config.predict), *[1] * (parameter.ndim - 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -664,24 +427,18 @@ def inflate_conv_out(parameter: Tensor, config: StageConfig) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    stage: MotionDreamer,
-    cond: Condition,
-    *,
-    frames: int,
-    steps: int = 25,
-    guidance: tuple[float, float] = (1.0, 1.0),
-    generator: torch.Generator | None = None,
-    progress: Callable = iter,
-) -> Tensor:
-    """Euler's method on Karras' noise levels -> x_0 [B, T, C p, h, w].
+    stage: MotionDreamer, cond: Condition, *, frames: int, steps: int = 25, guidance: tuple[float, float] = (1.0, 1.0),
+    generator: torch.Generator | None = None, progress: Callable = iter
+) -> Tensor:  # fmt: skip
+    """Euler's method on Karras' noise levels -> x_0 [B, T, C p, h, w]. What is known of frame 0 is put back.
 
     Guidance rises linearly over the frames, as in SVD; (1, 1) needs no second pass. A value that is not finite is a
     FloatingPointError that names the step.
     """
-    config, device = stage.config, cond.first_latents.device
-    batch, _, h, w = cond.first_latents.shape
+    config, device = stage.config, cond.known.device
+    batch, channels, h, w = cond.known.shape
     sigmas = karras_sigmas(steps, sigma_max=config.sigma_max).to(device)
-    noise = torch.randn((batch, frames, cond.known.shape[1], h, w), generator=generator).to(device)
+    noise = torch.randn((batch, frames, channels, h, w), generator=generator).to(device)
     x = noise * (sigmas[0] ** 2 + 1).sqrt()
     scale = torch.linspace(*guidance, frames, device=device).view(1, -1, 1, 1, 1)
     control, free = stage.control(cond, frames), cond.without_image()
@@ -705,51 +462,134 @@ def decode_motion(
     """Stage I's x_0 [B, T, C p, h, w] -> flow, segmentation and depth; S_0 and D_0 [B, H, W] give colours and scale."""
     firsts, parts = {"segmentation": segmentation, "depth": depth}, dict.fromkeys(("flow", "segmentation", "depth"))
     for name, latent in zip(config.predict, latents.split(config.latent_channels, dim=2), strict=True):
-        parts[name] = unrender(name, decode(vae, latent), firsts.get(name))
-        if config.keep_first_frame and firsts.get(name) is not None:
+        parts[name] = unrender(name, decode_video(vae, latent, config.vae_factor), firsts.get(name))
+        if firsts.get(name) is not None:
             parts[name][:, 0] = firsts[name]
     return Motion(**parts)
 
 
 @torch.no_grad()
+def sampling_condition(
+    stage: MotionDreamer, told: Told, motion: Motion | None, vae: VAE, image_encoder: ImageEncoder,
+    generator: torch.Generator | None
+) -> Condition:  # fmt: skip
+    """What a user tells -> Condition. As in training, only a stage that is given the motion is told a motion bucket,
+    and a stage with sparse control sees F at a few pixels."""
+    firsts = {"segmentation": told.segmentation, "depth": told.depth}
+    maps = {"rgb": told.image[:, None]} | {name: value[:, None] for name, value in firsts.items()}
+    maps |= {name: getattr(motion, name) for name in stage.config.given}
+    firsts = {name: value if told.present[name].all() else None for name, value in firsts.items()}
+    names = [name for name in stage.config.latents if name in maps or name not in stage.config.predict]
+    latents = {name: stage.encode(name, maps, firsts, vae) for name in names}
+    if not stage.config.given:
+        told = replace(told, motion_bucket=torch.full_like(told.motion_bucket, MOTION_BUCKET))
+    if stage.config.control == "sparse_flow":
+        told = replace(told, F=sparse_points(told.F, POINTS, generator))
+    noise = torch.randn(told.image.shape, generator=generator).to(told.image)
+    return stage.tell(told, latents, image_encoder(told.image), vae, noise)
+
+
+@torch.no_grad()
 def dream(
-    stage1: MotionDreamer | None,
-    stage2: MotionDreamer | None,
-    vae: VAE,
-    image_encoder: ImageEncoder,
-    image: Tensor,
-    segmentation: Tensor | None,
-    depth: Tensor | None,
-    F: Tensor,
-    camera: Tensor | None = None,
-    *,
-    frames: int,
-    steps: int = 25,
-    guidance: tuple[float, float] = (1.0, 1.0),
-    generator: torch.Generator | None = None,
-    fps: float = 7.0,
-    motion: Motion | None = None,
-    progress: Callable = iter,
-) -> tuple[Motion, Tensor | None]:
+    stage1: MotionDreamer | None, stage2: MotionDreamer | None, vae: VAE, image_encoder: ImageEncoder, image: Tensor,
+    segmentation: Tensor | None, depth: Tensor | None, F: Tensor, camera: Tensor | None = None, *, frames: int,
+    steps: int = 25, guidance: tuple[float, float] = (1.0, 1.0), generator: torch.Generator | None = None,
+    mask: Tensor | None = None, motion: Motion | None = None, fps: float | Tensor | None = None,
+    motion_bucket: float | Tensor = MOTION_BUCKET, progress: Callable = iter
+) -> tuple[Motion, Tensor | None]:  # fmt: skip
     """Image + arrows -> motion -> video: the whole method (section 3.1, Eq. 13).
 
     image [B, 3, H, W] in [-1, 1], segmentation [B, H, W] ids, depth [B, H, W], F [B, 2, H, W] from `arrows_to_flow`,
-    camera [B, 2] -> Motion and video [B, T, 3, H, W]. A Motion that is given (edited, say) is painted as it is, and
-    stage1 may be None; without stage2 there is no video.
+    camera [B, 2]; mask [B, 1, H, W]: where F tells something, by default where it is not zero; fps and motion_bucket:
+    a number or [B], by default the stage's and 127. Returns Motion and video [B, T, 3, H, W]. A Motion that is given
+    (edited, say) is painted as it is, and stage1 may be None; without stage2 there is no video.
     """
-
-    def run(stage: MotionDreamer, motion: Motion | None) -> Tensor:
-        told = (vae, image_encoder, image, segmentation, depth, F, camera, motion)
-        cond = sampling_condition(stage.config, *told, frames=frames, fps=fps, generator=generator)
-        return sample(
-            stage, cond, frames=frames, steps=steps, guidance=guidance, generator=generator, progress=progress
-        )
-
+    B, H, W, device = len(image), *image.shape[-2:], image.device
+    fps = (stage1 or stage2).config.fps if fps is None else fps
+    told = Told(
+        image=image,
+        segmentation=torch.zeros(B, H, W, dtype=torch.long, device=device) if segmentation is None else segmentation,
+        depth=torch.ones(B, H, W, device=device) if depth is None else depth,
+        present={
+            name: torch.full((B,), value is not None, device=device)
+            for name, value in {"rgb": image, "segmentation": segmentation, "depth": depth}.items()
+        },
+        F=F,
+        mask=(F != 0).any(dim=1, keepdim=True).to(F) if mask is None else mask,
+        camera=torch.zeros(B, 2, device=device) if camera is None else camera,
+        fps=torch.as_tensor(fps, dtype=torch.float32, device=device).expand(B),
+        motion_bucket=torch.as_tensor(motion_bucket, dtype=torch.float32, device=device).expand(B),
+        noise_aug=torch.full((B,), 0.02, device=device),
+    )
+    settings = {"frames": frames, "steps": steps, "guidance": guidance, "generator": generator, "progress": progress}
     if motion is None:
-        motion = decode_motion(stage1.config, vae, run(stage1, None), segmentation, depth)
+        cond = sampling_condition(stage1, told, None, vae, image_encoder, generator)
+        motion = decode_motion(stage1.config, vae, sample(stage1, cond, **settings), segmentation, depth)
     if stage2 is None:
         return motion, None
-    video = decode(vae, run(stage2, motion)).clamp(-1, 1)
-    if stage2.config.keep_first_frame:
-        video[:, 0] = image
+    cond = sampling_condition(stage2, told, motion, vae, image_encoder, generator)
+    video = decode_video(vae, sample(stage2, cond, **settings), stage2.config.vae_factor).clamp(-1, 1)
+    video[:, 0] = image
     return motion, video
+
+
+# --------------------------------------------------------------------- extras of small models, none of them the paper's
+
+
+@dataclass(frozen=True)
+class SmallStageConfig(StageConfig):
+    """A stage with what a small model from nothing needs and the paper does not have; everything is off by default."""
+
+    show_flow: bool = False  # C^(s) sees F too
+    told: bool = False  # C^(s) sees where F tells something: "told to stay" is not "not told"
+    draft: bool = False  # Stage II sees and corrects a draft of every frame (`draft_video`) for I_0's latents
+    mask_start: float = 0.0  # share of clips that show the arrows of what moves at once (the push), and no other
+    still_ratio: float = 0.0  # share of clips shown as if nobody had pushed: nothing moves (scenes at rest)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draft and not (self.predict == self.first_frame == ("rgb",) and "segmentation" in self.given):
+            raise ValueError("draft is True, but only a Stage II that is given the segmentation can have one")
+
+    @property
+    def picture_channels(self) -> int:
+        return 9 + 2 * self.show_flow + self.told
+
+    @property
+    def latents(self) -> dict[str, bool]:
+        return super().latents | ({"draft": True} if self.draft else {})
+
+
+class SmallMotionDreamer(MotionDreamer):
+    """A stage with a SmallStageConfig: each method adds its extras to the paper's. (mask_start and still_ratio concern
+    training alone: training/batch.py.)"""
+
+    def encode(self, name: str, maps: Maps, firsts: dict[str, Tensor | None], vae: VAE) -> Tensor:
+        if name == "draft":
+            draft = draft_video(maps["rgb"][:, 0], maps["segmentation"])
+            return encode_video(vae, draft, self.config.vae_factor)
+        return super().encode(name, maps, firsts, vae)
+
+    def tell(self, told: Told, latents: Maps, token: Tensor, vae: VAE, noise: Tensor) -> Condition:
+        cond = super().tell(told, latents, token, vae, noise)
+        seen = [told.F.asinh()] * self.config.show_flow + [told.mask] * self.config.told
+        cond = replace(cond, first_pictures=torch.cat([cond.first_pictures, *seen], dim=1))
+        if self.config.draft:
+            cond = replace(cond, first_latents=latents["draft"] * told.present["rgb"].view(-1, 1, 1, 1, 1))
+        return cond
+
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Condition, control: tuple | None = None) -> Tensor:
+        start = cond.first_latents if self.config.draft else 0  # what is denoised is the change since the draft
+        return start + super().denoise(x - start, sigma, cond, control)
+
+
+def stage_class(config: StageConfig) -> type[MotionDreamer]:
+    return SmallMotionDreamer if isinstance(config, SmallStageConfig) else MotionDreamer
+
+
+def build(config: dict) -> MotionDreamer:
+    """A stage of the shape that a config.json says."""
+    stage = read_stage(config["stage"])
+    extras = stage.keys() - vars(STAGE1).keys()
+    stage = (SmallStageConfig if extras else StageConfig)(**stage)
+    return stage_class(stage)(stage, UNetConfig.from_dict(config["unet"]))

@@ -34,9 +34,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from inputs.arrows import arrows_to_flow
-from inputs.photo import Canvas, Inputs, fit, read_inputs
-from motion_dreamer import Motion, MotionDreamer, dream, render
+from clips import Motion, render
+from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_stay
+from motion_dreamer import MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
 from svd import VAE, ImageEncoder, UNet, image_to_video
 
@@ -45,7 +45,9 @@ SVD_PIXELS = 1024 * 576  # what SVD was trained on
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     option = parser.add_argument
     option("image", nargs="?", help="a picture of any size; default: the demo's example")
     option(
@@ -79,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--steps", type=int, default=25)
     option("--frames", type=int, help="default: what the model was trained on")
     option("--fps", type=float, help="default: what the model was trained on")
+    option("--motion-bucket", type=float, default=127.0, metavar="0..255", help="how much moves, for SVD and Stage II")
     option("--guidance", type=float, nargs=2, metavar=("FIRST", "LAST"), help="first and last frame's scale")
     arguments = parser.parse_args()
     check_arguments(arguments)
@@ -91,6 +94,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: expected {least} or more")
+    if not 0 <= arguments.motion_bucket <= 255:
+        raise ValueError(f"--motion-bucket {arguments.motion_bucket:g}: expected 0 to 255")
     if arguments.fps is not None and not 0 < arguments.fps <= 1000:
         raise ValueError(f"--fps {arguments.fps}: expected a number above 0, 1000 at most")
     if arguments.size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", arguments.size):
@@ -133,8 +138,8 @@ def load_models(arguments: argparse.Namespace, device: str) -> Models:
 
 def model_size(arguments: argparse.Namespace, models: Models, rgb: np.ndarray) -> tuple[int, int]:
     """Width and height to compute with: --size, or what a stage was trained on, or for plain SVD the image's, cut to
-    what SVD was trained on and to multiples of the VAE's factor (and of a small model's patches)."""
-    factor = max([models.vae.factor, *(stage.config.cell for stage in models.stages.values())])
+    what SVD was trained on and to multiples of the VAE's factor (and of a small model's cells)."""
+    factor = max([models.vae.factor, *(stage.config.vae_factor for stage in models.stages.values())])
     if arguments.size is not None:
         width, height = map(int, arguments.size.split("x"))
     elif models.stages:
@@ -163,8 +168,13 @@ def folders(arguments: argparse.Namespace) -> dict[Path, str | None]:
 
 def plan(arguments: argparse.Namespace, models: Models, given: dict[Path, Inputs]) -> list[Task]:
     """All videos of the command line: for every arrows file, --samples of them."""
-    tasks = []
+    tasks, can_rest = [], all(getattr(stage.config, "told", False) for stage in models.stages.values())
     for folder, inputs in given.items():
+        if models.stages and not can_rest and (entry := told_to_stay(inputs.given)):
+            raise ValueError(
+                f"{inputs.given.name}: {entry}: that tells something to stay, which this model does not understand; "
+                "leave it out, or take a model that was trained with --set told=true"
+            )
         fitted, canvas = fit(inputs, *model_size(arguments, models, inputs.rgb))
         sizes = [f"{shape[1]}x{shape[0]}" for shape in (inputs.rgb.shape, canvas.inner)]
         print(f"{arguments.image}: {' resized to '.join(dict.fromkeys(sizes))}; {inputs.origin}")
@@ -231,10 +241,11 @@ def run_svd(arguments: argparse.Namespace, models: Models, task: Task, device: s
         models.unet,
         models.vae,
         models.tower,
-        task.inputs.told(2, task.canvas, device)[0],
+        task.inputs.told(2, task.canvas, device)["image"],
         frames=arguments.frames or 14,
         steps=arguments.steps,
         fps=fps,
+        motion_bucket_id=arguments.motion_bucket,
         guidance=tuple(arguments.guidance or (1.0, 3.0)),
         generator=torch.Generator().manual_seed(task.seed),
     )
@@ -257,15 +268,16 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task, device
         "guidance": tuple(arguments.guidance or (1.0, 1.0)),
         "generator": torch.Generator().manual_seed(task.seed),
         "fps": fps,
-    }
-    parts = models.vae, models.tower, *told
+        "motion_bucket": arguments.motion_bucket,
+    } | told
+    codecs = models.vae, models.tower
     if "stage1" in stages:
-        motion, _ = dream(stages["stage1"], None, *parts, **settings, progress=bar("stage 1: motion"))
+        motion, _ = dream(stages["stage1"], None, *codecs, **settings, progress=bar("stage 1: motion"))
         motion = resized(motion, canvas.crop)
     if "stage2" in stages:
         settings |= {"motion": resized(motion, canvas.pad), "progress": bar("stage 2: video")}
         settings["generator"] = torch.Generator().manual_seed(task.seed + 1)  # the same whether it runs alone or not
-        _, video = dream(None, stages["stage2"], *parts, **settings)
+        _, video = dream(None, stages["stage2"], *codecs, **settings)
     videos = pictures_of(motion, task.inputs)
     return videos if video is None else videos | {"video": to_uint8(canvas.crop(video)[0])}, motion, fps
 

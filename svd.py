@@ -33,7 +33,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import _from_pretrained, _save_pretrained
+from weights import from_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- configurations
 
@@ -571,8 +571,8 @@ class UNet(nn.Module):
         x = nnf.silu(normalize(self.conv_norm_out, x))
         return convolve(self.conv_out, x).movedim(-1, 2).contiguous()
 
-    from_pretrained = classmethod(_from_pretrained)
-    save_pretrained = _save_pretrained
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
 
 
 # ------------------------------------------------------------------------------------------------------------------ VAE
@@ -707,8 +707,35 @@ class VAE(nn.Module):
         images = [self.decoder(part) for part in z.split(chunk or z.shape[1], dim=1)]
         return torch.cat(images, dim=1).movedim(-1, 2).contiguous()
 
-    from_pretrained = classmethod(_from_pretrained)
-    save_pretrained = _save_pretrained
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+
+
+def encode_video(vae: VAE, pictures: Tensor, factor: int, chunk: int = 64) -> Tensor:
+    """[B, T, 3, H, W] -> latents of unit size [B, T, C, H / factor, W / factor] (scaled here and in `decode_video`,
+    nowhere else), `chunk` pictures at a time.
+
+    factor: a multiple of the VAE's. Where it is more, neighbouring latents become channels of one cell: a UNet on
+    half the height and width does a quarter of the arithmetic, which small models from nothing need.
+    """
+    flat = rearrange(pictures, "b t c h w -> (b t) c h w")
+    latents = torch.cat([vae.encode(part) for part in flat.split(chunk)])
+    latents = nnf.pixel_unshuffle(latents, factor // vae.factor) * vae.scaling_factor
+    return rearrange(latents, "(b t) c h w -> b t c h w", b=len(pictures))
+
+
+def decode_video(vae: VAE, latents: Tensor, factor: int, chunk: int | None = None) -> Tensor:
+    """The inverse of `encode_video`: -> pictures [B, T, 3, H, W]."""
+    return vae.decode(nnf.pixel_shuffle(latents, factor // vae.factor) / vae.scaling_factor, chunk)
+
+
+def gaussian(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Standard normal numbers for training. On a GPU they are drawn there (a CPU takes as long as a small step), from a
+    seed that the generator draws: they stay a function of its state."""
+    if device.type == "cpu" or generator is None:
+        return torch.randn(shape, generator=generator).to(device)
+    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 # --------------------------------------------------------------------------------------------------- CLIP image encoder
@@ -798,8 +825,8 @@ class ImageEncoder(nn.Module):
             x = layer(x)
         return self.visual_projection(tower["post_layernorm"](x[:, :1]))
 
-    from_pretrained = classmethod(_from_pretrained)
-    save_pretrained = _save_pretrained
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
 
 
 # ------------------------------------------------------------------------------------------------- plain image-to-video

@@ -21,37 +21,24 @@ import os
 import signal
 import sys
 import time
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import metrics
-from clips.clip import ClipDataset, ResumableSampler
-from instance_flow import instance_flow, sparse_flow
-from motion_dreamer import (
-    ABLATIONS,
-    ONE_STAGE,
-    Motion,
-    MotionDreamer,
-    StageConfig,
-    dream,
-    encode_clips,
-    moves_at_once,
-    render,
-    round_trip,
-    training_batch,
-)
+from clips import ClipDataset, ResumableSampler
+from motion_dreamer import ABLATIONS, ONE_STAGE, MotionDreamer, SmallStageConfig, StageConfig, stage_class
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
-from training.cache import EncodedClips
+from training.batch import Chances, training_batch
+from training.cache import CachedClips, TrainingClips, encode_clips
 from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
+from training.samples import reproduce, sample_figures, write_samples
 from training.vae import VAETraining, measure_scale
 
 
@@ -73,7 +60,7 @@ PRESETS = {
         ),
         "stage1": small_unet((32, 64, 64), 2, 64, 32),
         "stage2": small_unet((32, 64, 64), 2, 64, 32),
-        "patch": 2,
+        "stack": 2,
     },
     "demo": {  # the model in demo/: hours on two CPU cores
         "vae": VAEConfig(
@@ -85,66 +72,187 @@ PRESETS = {
         ),
         "stage1": small_unet((112, 96, 144), 4, 128, 64),  # the first level takes 192 channels a cell, gives 96
         "stage2": small_unet((96, 64, 48), 4, 128, 64),  # painting is local: wide where the cells are fine
-        "patch": 2,
+        "stack": 2,
     },
     "table": {  # the rows of evaluate.py's tables, which share the demo model's VAE: minutes a stage
         "stage1": small_unet((64, 48, 48), 2, 128, 64),
         "stage2": small_unet((64, 48, 48), 2, 128, 64),
-        "patch": 2,
+        "stack": 2,
     },
 }  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--stage", choices=("vae", "1", "2", "one"), required=True, help="one = One-stage* of Table 1")
     what.add_argument("--ablation", choices=list(ABLATIONS), default="motion_dreamer", help="row of Table 3")
-    what.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StageConfig")
+    what.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of (Small)StageConfig")
     what.add_argument("--init", metavar="REPO_OR_DIR", help="SVD's weights; without it, start from nothing")
     what.add_argument("--start", metavar="DIR", help="begin with the weights that this model folder has for the stage")
     what.add_argument("--preset", choices=list(PRESETS), default="demo", help="size of a model from nothing")
+    what.add_argument("--decoder-only", action="store_true", help="of the VAE: its latents stay as they are")
     where = parser.add_argument_group("data and output")
-    where.add_argument("--data", required=True, metavar="DIR")
+    where.add_argument("--data", required=True, metavar="DIR", help="clips to train on")
     where.add_argument("--val", metavar="DIR", help="clips for validation losses and figures in log.jsonl")
     where.add_argument("--out", required=True, metavar="DIR", help="model folder")
-    where.add_argument("--frames", type=int, help="default: all frames of the first clip")
+    where.add_argument("--frames", type=int, help="None: all frames of the first clip")
     where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
-    what.add_argument("--decoder-only", action="store_true", help="of the VAE: its latents stay as they are")
     how = parser.add_argument_group("optimisation")
-    how.add_argument("--steps", type=int, default=10000)
+    how.add_argument("--steps", type=int, default=10000, help="of the optimiser")
     how.add_argument("--batch", type=int, default=8, help="clips a step and process, before accumulation")
-    how.add_argument("--accumulate", type=int, default=1)
-    how.add_argument("--lr", type=float, default=5e-4)
-    how.add_argument("--warmup", type=int, default=100, help="steps")
-    how.add_argument("--cooldown", type=float, default=0.2, help="last fraction of the steps in which lr falls to 0")
-    how.add_argument("--weight-decay", type=float, default=0.01)
-    how.add_argument("--clip-grad", type=float, default=1.0)
-    how.add_argument("--ema", type=float, default=0.999)
-    how.add_argument("--drop", type=float, default=0.1, help="probability of dropping the image, S_0, D_0")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    how.add_argument("--accumulate", type=int, default=1, help="batches whose gradients are averaged in a step")
+    how.add_argument("--lr", type=float, default=5e-4, help="learning rate")
+    how.add_argument("--warmup", type=int, default=100, help="steps in which it rises from 0")
+    how.add_argument("--cooldown", type=float, default=0.2, help="last fraction of the steps in which it falls to 0")
+    how.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
+    how.add_argument("--clip-grad", type=float, default=1.0, help="largest norm of the gradient")
+    how.add_argument("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
+    how.add_argument("--drop", type=float, default=0.1, help="probability of leaving out the image, S_0, D_0, each")
+    how.add_argument("--unmark", type=float, default=0.25, help="probability of showing only some objects marked")
+    how.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
+    how.add_argument("--precision", choices=("fp32", "bf16"), help="None: bf16 on a GPU, fp32 on a CPU")
     how.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    how.add_argument("--compile", action="store_true")
-    how.add_argument("--workers", type=int, default=0)
+    how.add_argument("--compile", action="store_true", help="compile the network: minutes, then faster steps")
+    how.add_argument("--workers", type=int, default=0, help="processes that read clips")
     log = parser.add_argument_group("log and checkpoints")
-    log.add_argument("--save-every", type=int, default=500)
+    log.add_argument("--save-every", type=int, default=500, help="steps")
     log.add_argument("--keep", type=int, default=1, help="newest checkpoints that stay")
-    log.add_argument("--val-every", type=int, default=500)
+    log.add_argument("--val-every", type=int, default=500, help="steps")
     log.add_argument("--val-samples", type=int, default=4, help="validation clips that are sampled and measured")
-    log.add_argument("--sample-every", type=int, default=2000, help="pictures of one clip; 0 = never")
+    log.add_argument("--sample-every", type=int, default=2000, help="steps; pictures of one clip; 0 = never")
     log.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()
 
 
-# ------------------------------------------------------------------------------------------------------ models and data
+# ----------------------------------------------------------------------------------------------------------- setting up
+
+
+@dataclass
+class Machine:
+    """Where this process runs, and as which of how many."""
+
+    rank: int
+    world_size: int
+    device: str
+    autocast: torch.autocast
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+def start_process(arguments: argparse.Namespace) -> Machine:
+    """Joins the processes that torchrun started; one without it is rank 0 of 1."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpu = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    if gpu:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if gpu else "gloo")
+    bf16 = (arguments.precision or ("bf16" if gpu else "fp32")) == "bf16"
+    torch.manual_seed(arguments.seed)  # the initial weights
+    return Machine(rank, world_size, device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16))
+
+
+@dataclass
+class VAETask:
+    """A small VAE learns to encode and decode all modalities."""
+
+    core: VAE
+    name = "vae"
+    image_encoder = None
+
+    def readable(self, clips: ClipDataset, arguments: argparse.Namespace, machine: Machine) -> torch.utils.data.Dataset:
+        return clips
+
+    def losses(self, network: nn.Module, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        return network(clips, generator)
+
+    def network(self, core: VAE) -> nn.Module:
+        """A module whose forward is the loss."""
+        return VAETraining(core)
+
+
+@dataclass
+class StageTask:
+    """A stage learns to denoise; VAE and image tower are frozen."""
+
+    name: str
+    core: MotionDreamer
+    vae: VAE
+    image_encoder: ImageEncoder
+    chances: Chances
+
+    def readable(self, clips: ClipDataset, arguments: argparse.Namespace, machine: Machine) -> torch.utils.data.Dataset:
+        """Clips with cached latents; without, where the window of a longer clip changes with every draw."""
+        if arguments.no_cache or not clips.whole:
+            return TrainingClips(clips)
+        cached = CachedClips(clips, self.core.config, self.vae, self.image_encoder)
+        told = (self.core, self.vae, self.image_encoder, machine.autocast, machine.rank, machine.world_size)
+        return cached.encode(*told, workers=arguments.workers)
+
+    def losses(self, network: nn.Module, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        if "token" not in clips:
+            clips = clips | encode_clips(clips, self.core, self.vae, self.image_encoder)
+        return network(training_batch(self.core, clips, self.vae, generator, self.chances), generator)
+
+    def network(self, core: MotionDreamer) -> nn.Module:
+        return core
+
+
+Task = VAETask | StageTask
+
+
+def vae_task(arguments: argparse.Namespace, machine: Machine) -> VAETask:
+    """A VAE of the preset's size, and beside it in --out, once, a random image tower."""
+    preset, full = PRESETS[arguments.preset], {"dtype": torch.float32, "device": machine.device}
+    if "vae" not in preset:
+        raise ValueError(f"--preset {arguments.preset} has no VAE of its own: train that of another preset")
+    core = VAE(preset["vae"]).to(machine.device)
+    if arguments.start:
+        copy_weights(core, VAE.from_pretrained(arguments.start, "vae", **full), arguments.start)
+    folder = Path(arguments.out) / "image_encoder"
+    if machine.rank == 0 and not folder.exists():
+        tower = ImageEncoder(preset["image_encoder"])
+        if arguments.start:
+            tower = ImageEncoder.from_pretrained(arguments.start, "image_encoder", **full)
+        tower.save_pretrained(folder)
+    return VAETask(core)
+
+
+def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDataset) -> StageTask:
+    """A stage from SVD's weights (--init), from a model folder (--start) or from nothing, and its frozen encoders."""
+    name = "stage1" if arguments.stage == "1" else "stage2"
+    vae, image_encoder = frozen_encoders(arguments, machine)
+    config = stage_config(arguments, dataset, vae)
+    if dataset.width % config.vae_factor or dataset.height % config.vae_factor:
+        size = f"{dataset.width}x{dataset.height}"
+        raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {config.vae_factor}")
+    if arguments.init:
+        core = stage_class(config).from_svd(arguments.init, config, machine.device)
+    else:
+        core = stage_class(config)(config, PRESETS[arguments.preset][name]).to(machine.device)
+        if arguments.start:
+            full = {"dtype": torch.float32, "device": machine.device}  # weights on disk are often half precision
+            copy_weights(core, MotionDreamer.from_pretrained(arguments.start, name, **full), arguments.start)
+    token, context = image_encoder.config.projection_dim, core.unet.config.cross_attention_dim
+    if token != context:
+        raise ValueError(
+            f"{arguments.out}: its image tower gives {token} numbers, --preset {arguments.preset} takes {context}"
+        )
+    core.unet.gradient_checkpointing = arguments.checkpointing
+    return StageTask(name, core, vae, image_encoder, Chances(arguments.drop, arguments.unmark))
 
 
 def stage_config(arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE) -> StageConfig:
     """The StageConfig of the command line, with sizes from data and VAE. Raises ValueError for an unknown --set."""
     stage1, stage2 = ABLATIONS[arguments.ablation]
     config = {"1": stage1, "2": stage2, "one": ONE_STAGE}[arguments.stage]
-    types, changes = {field.name: type(getattr(config, field.name)) for field in fields(config)}, {}
+    types, changes = {field.name: type(field.default) for field in fields(SmallStageConfig)}, {}
     for item in arguments.set:
         name, _, text = item.partition("=")
         if types.get(name) not in (str, int, float, bool):
@@ -153,19 +261,26 @@ def stage_config(arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE) 
             changes[name] = {"true": True, "false": False}[text] if types[name] is bool else types[name](text)
         except (KeyError, ValueError):
             raise ValueError(f"--set {item}: {text!r} is not a {types[name].__name__}") from None
+    stack = 1  # latents along each side that become one cell of the UNet, see `encode_video`
     if not arguments.init:
         # Trained from nothing, a network has not seen SVD's 700; what small models need for their speed is theirs.
-        changes = {"sigma_max": 80.0, "patch": PRESETS[arguments.preset]["patch"]} | changes
-    sizes = {"frames": dataset.frames, "width": dataset.width, "height": dataset.height}
-    return replace(config, latent_channels=vae.config.latent_channels, vae_factor=vae.factor, **sizes, **changes)
+        changes, stack = {"sigma_max": 80.0} | changes, PRESETS[arguments.preset]["stack"]
+    sizes = {"frames": dataset.frames, "width": dataset.width, "height": dataset.height, "fps": dataset.fps}
+    sizes |= {"latent_channels": vae.config.latent_channels * stack**2, "vae_factor": vae.factor * stack}
+    extras = changes.keys() - vars(config).keys()
+    return (SmallStageConfig if extras else StageConfig)(**(asdict(config) | sizes | changes))
 
 
-def frozen_encoders(arguments: argparse.Namespace, out: Path, device: str) -> tuple[VAE, ImageEncoder]:
-    """VAE and image tower, frozen: SVD's with --init, else those that `--stage vae` left in the model folder."""
-    source = arguments.init or out
-    full = {"dtype": torch.float32, "device": device}  # downloads are often half precision
+def frozen_encoders(arguments: argparse.Namespace, machine: Machine) -> tuple[VAE, ImageEncoder]:
+    """VAE and image tower, frozen: SVD's with --init, else those in the model folder, which `--stage vae` left there;
+    where there are none, those of --start. Copies them to --out."""
+    out, full = Path(arguments.out), {"dtype": torch.float32, "device": machine.device}
+    source = arguments.init or (arguments.start if arguments.start and not (out / "vae").exists() else out)
     vae = VAE.from_pretrained(source, "vae", **full).requires_grad_(False).eval()
     image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **full).requires_grad_(False).eval()
+    if machine.rank == 0 and source != out and not (out / "vae").exists():
+        image_encoder.save_pretrained(out / "image_encoder")
+        vae.save_pretrained(out / "vae")
     return vae, image_encoder
 
 
@@ -177,64 +292,111 @@ def copy_weights(model: nn.Module, source: nn.Module, folder: str) -> None:
         raise ValueError(f"--start {folder}: {str(error).splitlines()[1].strip()}") from None
 
 
-# ---------------------------------------------------------------------------------------------- samples while it trains
+# ------------------------------------------------------------------------------------------------ what is being learned
 
 
-@torch.no_grad()
-def reproduce(
-    trained: VAE | MotionDreamer, vae: VAE, image_encoder: ImageEncoder | None, clip: dict[str, Tensor]
-) -> metrics.Maps:
-    """What a model makes of a clip [T, ...], by modality, in 10 sampling steps.
+@dataclass
+class Learner:
+    """The network in training, its moving average and its optimiser."""
 
-    Stage I is told the arrows of what moves at once, Stage II the true motion; a VAE encodes and decodes.
-    """
-    clip = {name: value[None].to(next(vae.parameters()).device) for name, value in clip.items()}
-    first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:, 0], "depth": clip["depth"][:, 0]}
-    if isinstance(trained, VAE):
-        made = {name: round_trip(vae, name, clip[name], first[name]) for name in first}
+    core: nn.Module  # what is saved
+    model: nn.Module  # `core` with the loss as its forward, compiled and for several processes where that was asked for
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    skipped: int = 0  # steps without a finite gradient
+    failures: int = 0  # of these, the last ones in a row
+
+
+def make_learner(arguments: argparse.Namespace, task: Task) -> Learner:
+    ema = copy.deepcopy(task.core).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        task.core.parameters(), arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay, fused=True
+    )
+    return Learner(task.core, task.network(task.core), ema, optimizer)
+
+
+def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, folder: Path) -> dict:
+    """Goes on from the newest checkpoint, if there is one -> the settings that make a run what it is; all others may
+    change on the way."""
+    names = ("stage", "ablation", "set", "init", "start", "preset", "frames", "batch", "accumulate", "seed")
+    settings = {name: getattr(arguments, name) for name in names} | {"processes": machine.world_size}
+    state = load_checkpoint(folder, machine.device, settings)
+    if state:
+        for part in ("core", "ema", "optimizer"):
+            getattr(learner, part).load_state_dict(state["model" if part == "core" else part])
+        learner.step, learner.skipped = state["step"], state["skipped"]
+    if arguments.stage == "vae" and arguments.decoder_only:  # what encodes from now on is the moving average
+        learner.ema.scaling_factor = VAE.from_pretrained(arguments.out, "vae").scaling_factor
+        for part in ("encoder", "quant_conv"):
+            getattr(learner.core, part).load_state_dict(getattr(learner.ema, part).state_dict())
+            getattr(learner.core, part).requires_grad_(False)
+    if machine.rank == 0:
+        trim_log(folder / "log.jsonl", learner.step)
+        print(f"{folder}: " + (f"going on at step {learner.step}" if state else "starting"))
+    return settings
+
+
+def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> None:
+    """Compiles the model and shares its gradients between processes, where that was asked for."""
+    if arguments.compile:
+        learner.model = torch.compile(learner.model, dynamic=False)  # every batch has the same sizes
+    if machine.world_size > 1:
+        devices = [machine.device] if machine.on_gpu else None
+        # Of one-token cross-attention, queries and keys get no gradient: they are unused.
+        learner.model = DistributedDataParallel(learner.model, device_ids=devices, find_unused_parameters=True)
+
+
+def batches_from(
+    arguments: argparse.Namespace, machine: Machine, clips: torch.utils.data.Dataset, step: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches without an end, from `step` on, in an order that is a function of (seed, rank, step)."""
+    start = step * arguments.accumulate * arguments.batch
+    sampler = ResumableSampler(len(clips), arguments.seed, machine.rank, machine.world_size, start)
+    loader = torch.utils.data.DataLoader(
+        clips,
+        arguments.batch,
+        sampler=sampler,
+        num_workers=arguments.workers,
+        worker_init_fn=leave_process_group,
+        persistent_workers=arguments.workers > 0,
+    )
+    for batch in loader:
+        yield {name: value.to(machine.device, non_blocking=True) for name, value in batch.items()}
+
+
+def take_step(
+    arguments: argparse.Namespace, machine: Machine, task: Task, learner: Learner, batches: Iterator[dict[str, Tensor]]
+) -> dict[str, float]:
+    """Algorithm 1, one iteration -> its losses, the gradient's norm and the learning rate."""
+    sums: dict[str, float] = {}
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate(arguments, learner.step)
+
+    # Lines 2 to 6: conditions, masked instance flow, prediction, loss; its gradient, as a mean over all batches.
+    for micro in range(arguments.accumulate):
+        generator = torch.Generator().manual_seed(seed_of(arguments.seed, machine.rank, learner.step, micro))
+        if machine.world_size > 1:  # gradients are exchanged once, with the last batch
+            learner.model.require_backward_grad_sync = micro == arguments.accumulate - 1
+        with machine.autocast:
+            losses = task.losses(learner.model, next(batches), generator)
+        (losses["loss"].mean() / arguments.accumulate).backward()
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0.0) + value.detach().mean().item() / arguments.accumulate
+
+    # Line 7: the update, unless the gradient is not finite. Its norm is that of all processes: they skip together.
+    norm = nn.utils.clip_grad_norm_(learner.core.parameters(), arguments.clip_grad).item()
+    if math.isfinite(norm):
+        learner.optimizer.step()
+        update_ema(learner.ema, learner.core, min(arguments.ema, (1 + learner.step) / (10 + learner.step)))
+        learner.failures = 0
     else:
-        maps, config = (clip["flow"], clip["segmentation"]), trained.config
-        if config.control == "sparse_flow":
-            F = sparse_flow(*maps, points=8, generator=torch.Generator().manual_seed(0))
-        else:
-            F = instance_flow(*maps, config.reduce)
-        F = F * moves_at_once(instance_flow(*maps, reduce="start"))
-        stages = (None, trained) if trained.config.predict == ("rgb",) else (trained, None)
-        motion, video = dream(
-            *stages, vae, image_encoder, clip["rgb"][:, 0], first["segmentation"], first["depth"], F, clip["camera"],
-            frames=clip["rgb"].shape[1], steps=10, generator=torch.Generator().manual_seed(0),
-            motion=None if stages[0] else Motion(clip["flow"], clip["segmentation"], clip["depth"]),
-        )  # fmt: skip
-        made = {"rgb": video} if video is not None else vars(motion)
-    return {name: value[0] for name, value in made.items() if value is not None}
-
-
-def sample_figures(made: metrics.Maps, clip: metrics.Maps) -> dict[str, metrics.Sums]:
-    """The measures of evaluate.py that need no more than a clip: flow error, mask IoU, depth error, PSNR."""
-    figures, ids = {}, clip["segmentation"]
-    if "flow" in made:
-        figures |= metrics.flow_error(made["flow"], clip["flow"])
-    if "segmentation" in made:
-        overlap = metrics.id_overlap(made["segmentation"], ids)
-        figures |= {name: overlap[name] for name in ("ids_miou", "iou_last", "silhouette_last")}
-    if "depth" in made:
-        figures |= metrics.depth_error(made["depth"], clip["depth"], ids)
-    if "rgb" in made:
-        figures["psnr"] = metrics.mean_of(metrics.psnr(made["rgb"], clip["rgb"]))
-    return figures
-
-
-def write_samples(path: Path, made: metrics.Maps, clip: metrics.Maps) -> None:
-    """A picture with two rows for every modality that was made, truth above sample, six frames of one clip."""
-    rows, shown = [], np.linspace(0, len(clip["rgb"]) - 1, 6).round().astype(int)
-    for name, value in made.items():
-        first = clip[name][:1] if name in ("segmentation", "depth") else None
-        for maps in (clip[name].to(value.device), value):
-            picture = render(name, maps[None], first)[0]
-            rows.append(rearrange(picture[shown], "t c h w -> c h (t w)"))
-    pixels = ((torch.cat(rows, dim=1).permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+        learner.skipped, learner.failures = learner.skipped + 1, learner.failures + 1
+        if learner.failures == 50:
+            raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.step += 1
+    return sums | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
 
 
 @torch.no_grad()
@@ -250,214 +412,72 @@ def learning_rate(arguments: argparse.Namespace, step: int) -> float:
     return arguments.lr * min(1, (step + 1) / max(1, arguments.warmup), left)
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- looking at it, keeping it
 
 
-def train(arguments: argparse.Namespace) -> None:
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
-    if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(device)
-    bf16 = (arguments.precision or ("bf16" if cuda else "fp32")) == "bf16"
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
-    full = {"dtype": torch.float32, "device": device}  # weights on disk are often half precision
-    torch.manual_seed(arguments.seed)  # the initial weights
+@torch.no_grad()
+def validate(
+    arguments: argparse.Namespace, machine: Machine, task: Task, ema: nn.Module, clips: torch.utils.data.Dataset
+) -> dict[str, float]:
+    """Of the moving average: losses of up to 64 validation clips with the same draws every time, and figures of what it
+    makes of the first --val-samples."""
+    network, sums, count = task.network(ema), {}, min(64, len(clips))
+    for i in range(count):
+        batch = torch.utils.data.default_collate([clips[(i, 0)]])
+        batch = {name: value.to(machine.device) for name, value in batch.items()}
+        with machine.autocast:
+            losses = task.losses(network, batch, torch.Generator().manual_seed(i))
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0.0) + value.mean().item()
+    found = {f"val_{key}": value / count for key, value in sums.items()}
+    whole = clips.clips if isinstance(clips, TrainingClips) else clips
+    samples = [whole[(i, 0)] for i in range(min(arguments.val_samples, len(whole)))]
+    rows = [sample_figures(sampled(task, ema, clip), clip) for clip in samples]
+    figures = {f"val_{key}": figure["value"] for key, figure in metrics.summarise(rows).items()} if rows else {}
+    return found | {key: value for key, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
 
-    out, is_vae = Path(arguments.out), arguments.stage == "vae"
-    name = {"vae": "vae", "1": "stage1", "2": "stage2", "one": "stage2"}[arguments.stage]
-    folder = out / "training" / name
-    dataset = ClipDataset(arguments.data, arguments.frames)
-    validation = ClipDataset(arguments.val, dataset.frames) if arguments.val else None
 
-    # The model. `core` is what is saved, `model` has the loss as its forward.
-    if is_vae:
-        if "vae" not in PRESETS[arguments.preset]:
-            raise ValueError(f"--preset {arguments.preset} has no VAE of its own: train that of another preset")
-        core = VAE(PRESETS[arguments.preset]["vae"]).to(device)
-        if arguments.start:
-            copy_weights(core, VAE.from_pretrained(arguments.start, "vae", **full), arguments.start)
-        model, vae, image_encoder = VAETraining(core), None, None
+def sampled(task: Task, ema: nn.Module, clip: metrics.Maps) -> metrics.Maps:
+    """What the moving average makes of a clip, on the CPU."""
+    made = reproduce(ema, ema if task.name == "vae" else task.vae, task.image_encoder, clip)
+    return {name: value.cpu() for name, value in made.items()}
 
-        def cached(clips: ClipDataset) -> torch.utils.data.Dataset:
-            return clips
 
-        if rank == 0 and not (out / "image_encoder").exists():
-            tower = ImageEncoder(PRESETS[arguments.preset]["image_encoder"])
-            if arguments.start:
-                tower = ImageEncoder.from_pretrained(arguments.start, "image_encoder", **full)
-            tower.save_pretrained(out / "image_encoder")
-    else:
-        vae, image_encoder = frozen_encoders(arguments, out, device)
-        config = stage_config(arguments, dataset, vae)
-        if dataset.width % config.cell or dataset.height % config.cell:
-            size = f"{dataset.width}x{dataset.height}"
-            raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {config.cell}")
-        if arguments.init:
-            model = core = MotionDreamer.from_svd(arguments.init, config, device)
-            if rank == 0 and not (out / "vae").exists():
-                vae.save_pretrained(out / "vae")
-                image_encoder.save_pretrained(out / "image_encoder")
-        else:
-            model = core = MotionDreamer(config, PRESETS[arguments.preset][name]).to(device)
-            if arguments.start:
-                copy_weights(core, MotionDreamer.from_pretrained(arguments.start, name, **full), arguments.start)
-        token, context = image_encoder.config.projection_dim, core.unet.config.cross_attention_dim
-        if token != context:
-            raise ValueError(
-                f"{out}: its image tower gives {token} numbers, --preset {arguments.preset} takes {context}"
-            )
-        core.unet.gradient_checkpointing = arguments.checkpointing
+def save(arguments: argparse.Namespace, task: Task, learner: Learner, settings: dict, dataset: ClipDataset) -> None:
+    """A checkpoint to go on from, and the moving average in the model folder."""
+    out = Path(arguments.out)
+    state = {"model": learner.core.state_dict(), "ema": learner.ema.state_dict()}
+    state |= {"optimizer": learner.optimizer.state_dict(), "settings": settings}
+    state |= {"step": learner.step, "skipped": learner.skipped}
+    save_checkpoint(out / "training" / task.name, learner.step, state, arguments.keep)
+    if task.name == "vae" and not arguments.decoder_only:
+        learner.ema.scaling_factor = measure_scale(learner.ema, dataset)
+    learner.ema.save_pretrained(out / task.name)
 
-        def cached(clips: ClipDataset) -> torch.utils.data.Dataset:
-            if arguments.no_cache or not clips.whole:  # the window of a longer clip changes with every draw
-                return clips
-            return EncodedClips(clips, vae, image_encoder, rank, world_size)
 
-    parameters = list(core.parameters())
-    ema = copy.deepcopy(core).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        parameters, arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay, fused=True
-    )
+class StopSignal:
+    """Ctrl-C and SIGTERM end the run after the step in which they come, with a save, in all processes together."""
 
-    # Resume. These settings make the run what it is; the others may change on the way.
-    names = ("stage", "ablation", "set", "init", "start", "preset", "frames", "batch", "accumulate", "seed")
-    settings = {name: getattr(arguments, name) for name in names} | {"processes": world_size}
-    step, skipped = 0, 0
-    state = load_checkpoint(folder, device, settings)
-    if state:
-        core.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, skipped = state["step"], state["skipped"]
-    if is_vae and arguments.decoder_only:  # what encodes from now on is the moving average
-        ema.scaling_factor = VAE.from_pretrained(out, "vae").scaling_factor
-        for part in ("encoder", "quant_conv"):
-            getattr(core, part).load_state_dict(getattr(ema, part).state_dict())
-            getattr(core, part).requires_grad_(False)
-    if rank == 0:
-        trim_log(folder / "log.jsonl", step)
-        print(f"{folder}: " + (f"going on at step {step}" if state else "starting"))
-    if arguments.compile:
-        model = torch.compile(model, dynamic=False)  # every batch has the same sizes
-    if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if cuda else None, find_unused_parameters=True)
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.told = machine, False
 
-    encoded, encoded_val = cached(dataset), cached(validation) if validation else None
-    sampler = ResumableSampler(
-        len(dataset), arguments.seed, rank, world_size, start=step * arguments.accumulate * arguments.batch
-    )
-    loader = iter(
-        torch.utils.data.DataLoader(
-            encoded,
-            arguments.batch,
-            sampler=sampler,
-            num_workers=arguments.workers,
-            worker_init_fn=leave_process_group,
-            persistent_workers=arguments.workers > 0,
-        )
-    )
+    def __enter__(self) -> StopSignal:
+        self.handlers = {number: signal.signal(number, self.tell) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def losses_of(network: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        with autocast:
-            if is_vae:
-                return network(batch, generator)
-            if "token" not in batch:
-                batch = encode_clips(batch, vae, image_encoder)
-            return network(training_batch(config, batch, vae, generator, arguments.drop), generator)
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
-    @torch.no_grad()
-    def validate() -> dict[str, float]:
-        network, sums = (VAETraining(ema) if is_vae else ema), {}
-        for i in range(min(64, len(encoded_val))):
-            batch = torch.utils.data.default_collate([encoded_val[(i, 0)]])
-            for key, value in losses_of(network, batch, torch.Generator().manual_seed(i)).items():
-                sums[key] = sums.get(key, 0.0) + value.mean().item()
-        found = {f"val_{key}": value / min(64, len(encoded_val)) for key, value in sums.items()}
-        clips = [validation[(i, 0)] for i in range(min(arguments.val_samples, len(validation)))]
-        rows = [sample_figures(sampled(clip), clip) for clip in clips]
-        figures = {f"val_{key}": figure["value"] for key, figure in metrics.summarise(rows).items()} if rows else {}
-        return found | {key: value for key, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
+    def tell(self, *_: object) -> None:
+        self.told = True
 
-    def sampled(clip: metrics.Maps) -> metrics.Maps:
-        made = reproduce(ema, ema if is_vae else vae, image_encoder, clip)
-        return {name: value.cpu() for name, value in made.items()}
-
-    def save() -> None:
-        if rank > 0:
-            return
-        state = {"model": core.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"step": step, "skipped": skipped, "settings": settings}
-        save_checkpoint(folder, step, state, arguments.keep)
-        if is_vae and not arguments.decoder_only:
-            ema.scaling_factor = measure_scale(ema, dataset)
-        ema.save_pretrained(out / name)
-
-    stop, failures = [], 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda *_: stop.append(True))
-
-    def stopping() -> bool:
+    def came(self) -> bool:
         """Whether any process was told to stop: they stop at the same step."""
-        told = torch.tensor(float(bool(stop)), device=device)
-        if world_size > 1:
+        told = torch.tensor(float(self.told), device=self.machine.device)
+        if self.machine.world_size > 1:
             dist.all_reduce(told)
         return told.item() > 0
-
-    # The loop (Algorithm 1).
-    folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.jsonl", "a", buffering=1) if rank == 0 else None  # noqa: SIM115 (open until the end)
-    bar = tqdm(total=arguments.steps, initial=step, desc=name, disable=rank > 0 or arguments.quiet)
-    while step < arguments.steps and not stopping():
-        started, sums = time.perf_counter(), {}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(arguments, step)
-        for micro in range(arguments.accumulate):
-            generator = torch.Generator().manual_seed(seed_of(arguments.seed, rank, step, micro))
-            if world_size > 1:
-                model.require_backward_grad_sync = micro == arguments.accumulate - 1
-            losses = losses_of(model, next(loader), generator)
-            (losses["loss"].mean() / arguments.accumulate).backward()
-            for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + value.detach().mean().item() / arguments.accumulate
-        norm = nn.utils.clip_grad_norm_(parameters, arguments.clip_grad).item()
-        if math.isfinite(norm):
-            optimizer.step()
-            update_ema(ema, core, min(arguments.ema, (1 + step) / (10 + step)))
-            failures = 0
-        else:  # the norm is that of all processes: they skip together
-            skipped, failures = skipped + 1, failures + 1
-            if failures == 50:
-                raise ValueError(f"step {step + 1}: 50 steps in a row without a finite gradient")
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if log:
-            lr = optimizer.param_groups[0]["lr"]
-            record = {"step": step, **sums, "grad_norm": norm, "lr": lr, "skipped": skipped}
-            if encoded_val is not None and (step % arguments.val_every == 0 or step == arguments.steps):
-                record |= validate()
-            record |= {"seconds": time.perf_counter() - started, "memory": peak_memory(cuda)}
-            log.write(json.dumps(record) + "\n")
-            bar.set_postfix(loss=f"{sums['loss']:.4f}")
-            bar.update()
-        if step % arguments.save_every == 0:
-            save()
-        if arguments.sample_every and step % arguments.sample_every == 0 and rank == 0:
-            clip = (validation or dataset)[(0, 0)]
-            write_samples(folder / "samples" / f"step_{step:08d}.png", sampled(clip), clip)
-    if step % arguments.save_every:
-        save()
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if world_size > 1:
-        dist.destroy_process_group()
-    if rank == 0:
-        print(f"{out / name}: {step} of {arguments.steps} steps" + ("; run the same command to go on" if stop else ""))
 
 
 def leave_process_group(worker: int) -> None:
@@ -467,13 +487,67 @@ def leave_process_group(worker: int) -> None:
         os.setsid()
 
 
-def peak_memory(cuda: bool) -> int:
+def peak_memory(on_gpu: bool) -> int:
     """Bytes: of the GPU, or of the process."""
-    if cuda:
+    if on_gpu:
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows, where only GPUs are supported
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def train(arguments: argparse.Namespace) -> None:
+    # Set up: this process, the clips, what is trained, and where a former run of the same command ended.
+    machine, out = start_process(arguments), Path(arguments.out)
+    dataset = ClipDataset(arguments.data, arguments.frames)
+    validation = ClipDataset(arguments.val, dataset.frames) if arguments.val else None
+    task = vae_task(arguments, machine) if arguments.stage == "vae" else stage_task(arguments, machine, dataset)
+    folder = out / "training" / task.name
+    learner = make_learner(arguments, task)
+    settings = resume(arguments, machine, learner, folder)
+    wrap(arguments, machine, learner)
+
+    # What the frozen encoders make of the clips is computed once, before the first step.
+    clips = task.readable(dataset, arguments, machine)
+    validation_clips = task.readable(validation, arguments, machine) if validation else None
+    batches = batches_from(arguments, machine, clips, learner.step)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / "log.jsonl", "a", buffering=1) if machine.rank == 0 else None  # noqa: SIM115 (open to the end)
+    hidden = machine.rank > 0 or arguments.quiet
+    bar = tqdm(total=arguments.steps, initial=learner.step, desc=task.name, disable=hidden)
+    with StopSignal(machine) as stop:
+        # Algorithm 1. Process 0 also measures, writes the log and saves.
+        while learner.step < arguments.steps and not stop.came():
+            started = time.perf_counter()
+            record = take_step(arguments, machine, task, learner, batches)
+            step = learner.step
+            if log:
+                record = {"step": step} | record
+                if validation and (step % arguments.val_every == 0 or step == arguments.steps):
+                    record |= validate(arguments, machine, task, learner.ema, validation_clips)
+                record |= {"seconds": time.perf_counter() - started, "memory": peak_memory(machine.on_gpu)}
+                log.write(json.dumps(record) + "\n")
+                bar.set_postfix(loss=f"{record['loss']:.4f}")
+                bar.update()
+                if step % arguments.save_every == 0:
+                    save(arguments, task, learner, settings, dataset)
+                if arguments.sample_every and step % arguments.sample_every == 0:
+                    clip = (validation or dataset)[(0, 0)]
+                    write_samples(folder / "samples" / f"step_{step:08d}.png", sampled(task, learner.ema, clip), clip)
+
+    # The last steps are saved too, whether the run is complete or was told to stop.
+    if machine.rank == 0 and learner.step % arguments.save_every:
+        save(arguments, task, learner, settings, dataset)
+    bar.close()
+    if machine.world_size > 1:
+        dist.destroy_process_group()
+    if machine.rank == 0:
+        more = "; run the same command to go on" if stop.told else ""
+        print(f"{out / task.name}: {learner.step} of {arguments.steps} steps{more}")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,43 @@ def save_safetensors(state_dict: dict[str, Tensor], path: Source) -> None:
     os.replace(partial, path)
 
 
-def _from_pretrained(
+def open_folder(
+    source: Source,
+    subfolder: str | None,
+    stem: str,
+    build: Callable[[dict[str, Any]], nn.Module],
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+) -> Any:  # noqa: ANN401
+    """A network from a folder or a hub id (see `resolve_source`): config.json says to `build` what it is, weights are
+    STEM.safetensors, or STEM.fp16.safetensors where there is no other. dtype None keeps the file's.
+
+    Raises FileNotFoundError or a one-line ValueError, both with the path.
+    """
+    path = resolve_source(source, subfolder) / "config.json"
+    try:
+        with torch.device("meta"):
+            model = build(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, KeyError, TypeError) as error:  # of JSON, too
+        raise ValueError(f"{path}: {error}") from None
+    full, half = (path.parent / f"{stem}{variant}.safetensors" for variant in ("", ".fp16"))
+    load_strict(model, half if half.exists() and not full.exists() else full, dtype, device)
+    return model
+
+
+def save_folder(folder: Source, stem: str, state_dict: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """config.json and weights; each is written whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_safetensors(state_dict, folder / f"{stem}.safetensors")
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, folder / "config.json")
+
+
+def from_pretrained(
     cls: type,
     source: Source,
     subfolder: str | None = None,
@@ -130,37 +166,34 @@ def _from_pretrained(
     device: Device = None,
     config: Any = None,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """Opens a folder or a hub id (see `resolve_source`), or a single-file checkpoint such as svd.safetensors, which
-    has no config.json: `config` is for these, by default SVD's. dtype None keeps the file's.
-
-    Raises FileNotFoundError or a one-line ValueError, both with the path.
-    """
-    single = Path(source).is_file()
-    path = Path(source) if single else resolve_source(source, subfolder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        config = (config or cls.CONFIG()) if single else cls.CONFIG.from_dict(json.loads(path.read_text()))
-        with torch.device("meta"):
-            model = cls(config)
-    except ValueError as error:  # of JSON, too
-        raise ValueError(f"{path}: {error}") from None
-    if single:
-        load_strict(model, path, dtype, device, single_file_table(model))
-        return model
-    full, half = (path.parent / f"{cls.STEM}{variant}.safetensors" for variant in ("", ".fp16"))
-    load_strict(model, half if half.exists() and not full.exists() else full, dtype, device)
+    """Opens a folder or a hub id (see `open_folder`), or a single-file checkpoint such as svd.safetensors, which has no
+    config.json: `config` is for these, by default SVD's."""
+    if not Path(source).is_file():
+        return open_folder(source, subfolder, cls.STEM, lambda said: cls(cls.CONFIG.from_dict(said)), dtype, device)
+    with torch.device("meta"):
+        model = cls(config or cls.CONFIG())
+    load_strict(model, source, dtype, device, single_file_table(model))
     return model
 
 
-def _save_pretrained(self: nn.Module, folder: Source) -> None:
+def save_pretrained(self: nn.Module, folder: Source) -> None:
     """config.json and weights under their published names; each is written whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_safetensors(self.state_dict(), folder / f"{self.STEM}.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-    os.replace(partial, folder / "config.json")
+    save_folder(folder, self.STEM, self.state_dict(), self.config.to_dict())
+
+
+def read_stage(stage: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stage's config.json. Those of weights made by commit 05d9df5 and before are translated: three are
+    gone, `patch` counts as a part of the VAE's factor, and fps is that of their clips. (That part goes with the last of
+    these weights.)"""
+    stage = {key: tuple(value) if isinstance(value, list) else value for key, value in stage.items()}
+    if "mask_keep_one" not in stage:
+        return stage
+    if stage["predict_change"] or not stage["keep_first_frame"]:
+        raise ValueError("predict_change is true or keep_first_frame is false, which is no longer supported")
+    patch = stage["patch"]
+    stage |= {"latent_channels": stage["latent_channels"] * patch**2, "vae_factor": stage["vae_factor"] * patch}
+    gone = ("mask_keep_one", "predict_change", "keep_first_frame", "patch")
+    return {key: value for key, value in stage.items() if key not in gone} | {"fps": 10.0}
 
 
 # ---------------------------------------------------------------------------------------------- single-file checkpoints

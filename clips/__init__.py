@@ -1,5 +1,18 @@
 """What a training clip is, and where clips come from."""
 
 from clips.clip import CAMERA_YAW_UNIT, Clip, ClipDataset, ResumableSampler, find_clips
+from clips.motion import Motion, draft_video, render, unrender
+from clips.pictures import CODEC_VERSION
 
-__all__ = ["CAMERA_YAW_UNIT", "Clip", "ClipDataset", "ResumableSampler", "find_clips"]
+__all__ = [
+    "CAMERA_YAW_UNIT",
+    "CODEC_VERSION",
+    "Clip",
+    "ClipDataset",
+    "Motion",
+    "ResumableSampler",
+    "draft_video",
+    "find_clips",
+    "render",
+    "unrender",
+]

@@ -4,10 +4,11 @@ A clip is one `.safetensors` file: RGB frames and the intermediate motion repres
 section 3.1 (optical flow, instance segmentation, depth).
 
 Symbols: T frames, H W pixels, O flow [T, 2, H, W] (dx right, dy down, pixels per frame step, frame t -> t+1), S ids
-[T, H, W] (0 = background), D depth [T, H, W] along the viewing axis, c camera (forward, yaw).
+[T, H, W] (0 = background), D depth [T, H, W] along the viewing axis, c camera [T, 2] (forward, yaw).
 
 Camera units: `forward` is metres per frame step, `yaw` is radians per frame step / 0.1, positive to the right. Both
-are 0 for a camera that stands still.
+are 0 for a camera that stands still. Row t is the motion of the ego camera from frame t to t+1; where what follows the
+last frame is unknown, the last row repeats the one before. A network is told the mean over the frames that it sees.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,31 +28,47 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 CAMERA_YAW_UNIT = 0.1  # radians per frame step
+FPS = 7.0  # of a clip that does not say
 
 
 # ----------------------------------------------------------------------------------------------------------- clip files
 
 
+def _halved(values: np.ndarray, name: str) -> np.ndarray:
+    """The values as float16. Raises ValueError when one becomes infinite."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not (finite := np.isfinite(half)).all():
+        raise ValueError(f"{name} holds {values[~finite][0]:g}, which half precision cannot hold (65504 at most)")
+    return half
+
+
 @dataclass
 class Clip:
-    """One video with its motion representation. Raises ValueError when shapes disagree or a value is not finite."""
+    """One video with its motion representation. Raises ValueError when shapes disagree or a value is not finite.
+
+    A camera [2], as in former files, is the motion of every frame.
+    """
 
     rgb: np.ndarray  # uint8 [T, H, W, 3]
     flow: np.ndarray  # float32 [T, 2, H, W], pixels per frame step, forward, for every frame
     segmentation: np.ndarray  # uint8 [T, H, W], 0 = background, the same id in every frame
     depth: np.ndarray  # float32 [T, H, W], metres (or any positive unit) along the viewing axis
-    camera: np.ndarray = field(default_factory=lambda: np.zeros(2, np.float32))  # (forward, yaw), units above
-    fps: float = 7.0
+    camera: np.ndarray = field(default_factory=lambda: np.zeros(2, np.float32))  # float32 [T, 2], units above
+    fps: float = FPS
     meta: dict = field(default_factory=dict)  # JSON: scenario, seed, truth of the simulator; "motion_bucket" if known
 
     def __post_init__(self) -> None:
         frames, height, width = self.rgb.shape[:3]
+        with np.errstate(over="ignore"):  # infinity is refused below
+            camera = np.asarray(self.camera, np.float32)
+        self.camera = np.tile(camera, (frames, 1)) if camera.shape == (2,) else camera
         shapes = {
             "rgb": (frames, height, width, 3),
             "flow": (frames, 2, height, width),
             "segmentation": (frames, height, width),
             "depth": (frames, height, width),
-            "camera": (2,),
+            "camera": (frames, 2),
         }
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
@@ -67,14 +85,24 @@ class Clip:
             raise ValueError(f"fps is {self.fps}, expected a positive number")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one file, complete or not at all; flow and depth are kept in half precision."""
+        """Writes one file, complete or not at all; flow and depth are kept in half precision.
+
+        Raises ValueError that begins with the path when half precision cannot hold a value: flow or depth beyond
+        65,504, or a depth so small that it would become 0.
+        """
         path = Path(path)
+        try:
+            flow, depth = _halved(self.flow, "flow"), _halved(self.depth, "depth")
+            if not depth.all():
+                raise ValueError(f"depth holds {self.depth[depth == 0][0]:g}, which half precision makes 0")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         tensors = {
             "rgb": self.rgb,
-            "flow": self.flow.astype(np.float16),
+            "flow": flow,
             "segmentation": self.segmentation,
-            "depth": self.depth.astype(np.float16),
-            "camera": self.camera.astype(np.float32),
+            "depth": depth,
+            "camera": self.camera,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -99,8 +127,10 @@ class Clip:
                     raise ValueError(f"has {total} frames, {stop or 1} are needed")
                 part = {name: file.get_slice(name)[start:stop] for name in ("rgb", "flow", "segmentation", "depth")}
                 part |= {"flow": part["flow"].astype(np.float32), "depth": part["depth"].astype(np.float32)}
+                camera = file.get_tensor("camera")
+                camera = camera if camera.ndim == 1 else camera[start:stop]  # [2] in former files: of every frame
                 told = json.loads((file.metadata() or {}).get("clip", "{}"))
-                return cls(**part, camera=file.get_tensor("camera"), **told)
+                return cls(**part, camera=camera, **told)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -119,24 +149,26 @@ class Clip:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Torch tensors: rgb [T, 3, H, W] in [-1, 1], flow, segmentation (int64), depth, camera, fps, motion_bucket."""
+        """Torch tensors: rgb [T, 3, H, W] in [-1, 1], flow, segmentation (int64), depth, camera [2] (the mean over the
+        frames), fps, motion_bucket."""
         return {
             "rgb": torch.from_numpy(self.rgb).permute(0, 3, 1, 2).float() / 127.5 - 1,
             "flow": torch.from_numpy(self.flow).float(),
             "segmentation": torch.from_numpy(self.segmentation).long(),
             "depth": torch.from_numpy(self.depth).float(),
-            "camera": torch.from_numpy(self.camera).float(),
+            "camera": torch.from_numpy(self.camera).float().mean(dim=0),
             "fps": torch.tensor(float(self.fps)),
             "motion_bucket": torch.tensor(float(self.meta.get("motion_bucket", 127))),
         }
 
 
-def clip_shape(path: str | os.PathLike) -> tuple[int, ...]:
-    """(T, H, W, 3) from the header of a clip file. Raises ValueError that begins with the path."""
+def clip_header(path: str | os.PathLike) -> tuple[tuple[int, ...], float]:
+    """(T, H, W, 3) and fps from the header of a clip file. Raises ValueError that begins with the path."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return tuple(file.get_slice("rgb").get_shape())
-    except (SafetensorError, OSError) as error:
+            told = json.loads((file.metadata() or {}).get("clip", "{}"))
+            return tuple(file.get_slice("rgb").get_shape()), float(told.get("fps", FPS))
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -156,12 +188,13 @@ class ClipDataset(torch.utils.data.Dataset):
 
     All clips must have the size of the first and at least `frames` frames (default: as many as the first has); a
     ValueError names the file that is damaged, too short or of another size. `whole`: every clip has just one window.
+    `fps`: that of most clips.
     """
 
     def __init__(self, folder: str | os.PathLike, frames: int | None = None) -> None:
         self.paths = find_clips(folder)
-        shapes = [clip_shape(path) for path in self.paths]
-        self.lengths = [shape[0] for shape in shapes]
+        shapes, rates = zip(*map(clip_header, self.paths), strict=True)
+        self.lengths, self.fps = [shape[0] for shape in shapes], statistics.mode(rates)
         self.frames, (self.height, self.width) = frames or self.lengths[0], shapes[0][1:3]
         for path, shape in zip(self.paths, shapes, strict=True):
             if shape[0] < self.frames:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from inputs.arrows import Arrows, apply_shapes, arrows_to_flow
+from inputs.arrows import Arrows, apply_shapes, arrows_to_flow, told_mask
 from inputs.find import at_hand, choose_finder, estimate_depth, grow_region
 
 # -------------------------------------------------------------------------------------- pictures that a user brings
@@ -98,13 +98,14 @@ class Inputs:
     depth: Tensor | None  # [H, W]
     origin: str  # where ids and depth come from, for people
 
-    def told(self, frames: int, canvas: Canvas, device: str) -> list[Tensor | None]:
-        """image, segmentation, depth, F and camera as `dream` wants them: a batch of one, of the model's size."""
+    def told(self, frames: int, canvas: Canvas, device: str) -> dict[str, Tensor | None]:
+        """What `dream` wants to be told, by its names: a batch of one, of the model's size."""
         image = torch.from_numpy(self.rgb).permute(2, 0, 1).float() / 127.5 - 1
         segmentation = self.ids if self.ids.any() else None
-        maps = [image, segmentation, self.depth, arrows_to_flow(self.arrows, self.ids, frames)]
-        maps = [None if value is None else canvas.pad(value)[None].to(device) for value in maps]
-        return [*maps, torch.tensor([self.arrows.camera], dtype=torch.float32, device=device)]
+        maps = {"image": image, "segmentation": segmentation, "depth": self.depth}
+        maps |= {"F": arrows_to_flow(self.arrows, self.ids, frames), "mask": told_mask(self.arrows, self.ids)}
+        told = {n: None if value is None else canvas.pad(value)[None].to(device) for n, value in maps.items()}
+        return told | {"camera": torch.tensor([self.arrows.camera], dtype=torch.float32, device=device)}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from clips.clip import ClipDataset
-from motion_dreamer import gaussian, render
-from svd import VAE
+from clips import ClipDataset, render, unrender
+from svd import VAE, decode_video, encode_video, gaussian
 
 # --------------------------------------------------------------------------------------------------------- the tiny VAE
 
@@ -38,6 +37,12 @@ def vae_loss(vae: VAE, clips: dict[str, Tensor], generator: torch.Generator) -> 
     batch = len(objects)
     parts = {name: part for name, part in zip(weights, error.split(batch), strict=True)}
     return {"loss": sum(parts.values()) + 2 * parts["flow"] + 2e-5 * kl, "kl": kl.expand(batch)} | parts
+
+
+def round_trip(vae: VAE, modality: str, value: Tensor, first: Tensor | None = None) -> Tensor:
+    """A modality [B, T, ...] through the VAE and back: no stage that uses this VAE can do better."""
+    latents = encode_video(vae, render(modality, value, first), vae.factor)
+    return unrender(modality, decode_video(vae, latents, vae.factor), first)
 
 
 @torch.no_grad()

@@ -1,0 +1,124 @@
+"""Algorithm 1, lines 2-4: from clips to what a training step learns from and what it is told, with fresh draws.
+
+    clips -> unmarked objects -> instance flow (Eq. 1-3) -> random masking (Eq. 9) -> motion mask (Eq. 11) -> Batch
+
+Clips are dicts of tensors [B, ...]: those of `Clip.tensors`, "marked" bool [B, 256] (`marked_objects`), "token"
+[B, 1, D], and the latents that the stage needs, "latents.NAME" [B, T, C, h, w], as training/cache.py makes them. Of rgb
+and depth, frame 0 is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clips import render
+from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow
+from motion_dreamer import MOTION_BUCKET, POINTS, Batch, MotionDreamer, SmallStageConfig, StageConfig, Told
+from svd import VAE, encode_video, gaussian
+
+Clips = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Chances:
+    """Probabilities, each drawn for each clip by itself."""
+
+    drop: float = 0.1  # of leaving out I_0 (for guidance), S_0, D_0, the motion bucket
+    unmark: float = 0.25  # of unmarking some objects: a user marks what he pushes and little else
+
+
+def chance(p: float, clips: Clips, generator: torch.Generator | None) -> Tensor:
+    """bool [B], each True with probability p."""
+    return (torch.rand(len(clips["token"]), generator=generator) < p).to(clips["token"].device)
+
+
+@torch.no_grad()
+def training_batch(
+    stage: MotionDreamer, clips: Clips, vae: VAE, generator: torch.Generator | None, chances: Chances
+) -> Batch:
+    """What a stage learns from B clips, and what it is told about them."""
+    config, device = stage.config, clips["token"].device
+    clips = some_at_rest(config, clips, vae, generator)  # an extra: see below
+
+    # Some clips show only some of their objects: the others are gone from S_0, S_t and F alike.
+    clips = show_marked(clips, chance(chances.unmark, clips, generator))
+    flow, S, image = clips["flow"], clips["segmentation"], clips["rgb"][:, 0]
+
+    # Instance flow, a part of it hidden, and where it moves.
+    F = instance_flow(flow, S, config.reduce)  # Eq. 1-3
+    F, M_mask = random_mask(F, config.mask_ratio, config.mask_unit, S[:, 0], generator)  # Eq. 9
+    mask = M_mask.amax(dim=1, keepdim=True) * (S[:, :1] > 0)  # where F tells something, of objects
+    F, mask = push_alone(config, F, mask, clips, generator)  # an extra: see below
+    M = motion_mask(F, config.motion_threshold)  # Eq. 11
+    if config.control == "sparse_flow":
+        F = sparse_flow(flow * mask[:, None], S[:, 0], POINTS, generator)
+
+    # A motion bucket says how much will move: only a stage that is given the motion may know.
+    bucket_told = ~chance(chances.drop, clips, generator) & bool(config.given)
+    told = Told(
+        image=image,
+        segmentation=S[:, 0],
+        depth=clips["depth"][:, 0],
+        present={name: ~chance(chances.drop, clips, generator) for name in ("rgb", "segmentation", "depth")},
+        F=F,
+        mask=mask,
+        camera=clips["camera"],
+        fps=clips["fps"],
+        motion_bucket=torch.where(bucket_told, clips["motion_bucket"], MOTION_BUCKET),
+        noise_aug=(torch.randn(len(image), generator=generator) * 0.5 - 3).exp().to(device),  # around SVD's 0.02 .. 0.1
+    )
+    latents = {name: clips[f"latents.{name}"] for name in config.latents}
+    condition = stage.tell(told, latents, clips["token"], vae, gaussian(image.shape, generator, device))
+    return Batch(torch.cat([latents[name] for name in config.predict], dim=2), condition, M)
+
+
+def show_marked(clips: Clips, only_marked: Tensor) -> Clips:
+    """Where `only_marked` (bool [B]) is true, objects that "marked" does not name are gone from S_t and, by the second
+    variant "latents.NAME.marked", from what is made of it."""
+    S, where = clips["segmentation"], only_marked.view(-1, 1, 1, 1)
+    kept = clips["marked"].gather(1, S.flatten(1)).view_as(S) | ~where
+    second = {name.removesuffix(".marked"): value for name, value in clips.items() if name.endswith(".marked")}
+    latents = {name: torch.where(where[:, None], value, clips[name]) for name, value in second.items()}
+    return clips | latents | {"segmentation": S * kept}
+
+
+# --------------------------------------------------------------------- extras of small models, none of them the paper's
+
+
+def push_alone(
+    config: StageConfig, F: Tensor, mask: Tensor, clips: Clips, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """SmallStageConfig.mask_start: a share of the clips shows the arrows of what moves at once, and no other."""
+    if not isinstance(config, SmallStageConfig) or config.mask_start == 0:
+        return F, mask
+    start = instance_flow(clips["flow"], clips["segmentation"], "start")
+    alone = chance(config.mask_start, clips, generator).view(-1, 1, 1, 1)
+    shown = (moves_at_once(start) | ~alone).to(F)
+    return F * shown, mask * shown
+
+
+def moves_at_once(start: Tensor) -> Tensor:
+    """[B, 2, H, W], each object's flow in the first step -> bool [B, 1, H, W]: objects at least half as fast as the
+    fastest. They were pushed; what they hit moves later. If nothing moves, everything: there is nothing to choose."""
+    speed = start.norm(dim=1, keepdim=True)
+    fastest = speed.amax(dim=(1, 2, 3), keepdim=True)
+    return (2 * speed >= fastest) & (speed > 0) | (fastest == 0)
+
+
+def some_at_rest(config: StageConfig, clips: Clips, vae: VAE, generator: torch.Generator | None) -> Clips:
+    """SmallStageConfig.still_ratio: a share of the clips is shown as if nobody had pushed: flow 0, all else as in frame
+    0."""
+    if not isinstance(config, SmallStageConfig) or config.still_ratio == 0:
+        return clips
+    still = chance(config.still_ratio, clips, generator)
+    frozen = {"flow": torch.zeros_like(clips["flow"])}
+    for name in ("segmentation", *(name for name in clips if name.startswith("latents."))):
+        frozen[name] = clips[name][:, :1].expand_as(clips[name])
+    if "latents.flow" in clips:
+        resting = encode_video(vae, render("flow", frozen["flow"][:1, :1]), config.vae_factor)
+        frozen["latents.flow"] = resting.expand_as(clips["latents.flow"])
+    chosen = {n: torch.where(still.view(-1, *[1] * (v.ndim - 1)), v, clips[n]) for n, v in frozen.items()}
+    return clips | chosen
