@@ -404,7 +404,7 @@ def camera_step(flow: np.ndarray, depth: np.ndarray, still: np.ndarray, focal: f
 
 
 def camera_motion(flow: np.ndarray, depth: np.ndarray, segmentation: np.ndarray, fov: float) -> np.ndarray:
-    """Flow [T - 1, 2, H, W], depth and ids [T, H, W] -> (forward, yaw) in clip.py's units, the mean of all steps.
+    """Flow [T - 1, 2, H, W], depth and ids [T, H, W] -> (forward, yaw) of every step, [T - 1, 2] in clip.py's units.
 
     fov: the vertical field of view of the clip's pictures, degrees. `forward` is in the unit of depth: metres only
     where depth is. Raises ValueError where a frame shows no background.
@@ -414,8 +414,7 @@ def camera_motion(flow: np.ndarray, depth: np.ndarray, segmentation: np.ndarray,
     if (share := still.mean(axis=(1, 2)).min()) < 0.01:
         raise ValueError(f"{share:.1%} of a frame is background, too little to see the camera move: use --camera none")
     steps = [camera_step(*step, focal) for step in zip(flow, depth[:-1], still[:-1], strict=True)]
-    forward, yaw = np.mean(steps, axis=0)
-    return np.array([forward, yaw / CAMERA_YAW_UNIT], np.float32)
+    return (np.array(steps) / [1, CAMERA_YAW_UNIT]).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ videos -> clips
@@ -430,9 +429,9 @@ def with_bucket(clip: Clip) -> Clip:
     return replace(clip, meta=clip.meta | {"motion_bucket": math.floor(255 * speed / (speed + BUCKET_SPEED))})
 
 
-def with_last(flow: np.ndarray) -> np.ndarray:
-    """[T - 1, 2, H, W] -> [T, 2, H, W]: what follows the last frame is unknown, it gets the flow of the one before."""
-    return np.concatenate([flow, flow[-1:]])
+def with_last(steps: np.ndarray) -> np.ndarray:
+    """[T - 1, ...] -> [T, ...]: what follows the last frame is unknown, it gets the motion of the one before."""
+    return np.concatenate([steps, steps[-1:]])
 
 
 @dataclass
@@ -448,9 +447,10 @@ class Annotators:
         """Raises ValueError that begins with the video's name and the number of the frame."""
         try:
             flow, ids, depth = self.flow(pictures), self.segmentation(pictures), self.depth(pictures)
-            camera = np.zeros(2, np.float32) if self.fov is None else camera_motion(flow, depth, ids, self.fov)
+            still = np.zeros((len(flow), 2), np.float32)
+            camera = still if self.fov is None else camera_motion(flow, depth, ids, self.fov)
             meta = meta | {"start": pictures.start}
-            return with_bucket(Clip(pictures.rgb, with_last(flow), ids, depth, camera, fps, meta))
+            return with_bucket(Clip(pictures.rgb, with_last(flow), ids, depth, with_last(camera), fps, meta))
         except ValueError as error:
             raise ValueError(f"{pictures.name}, frames from {pictures.start} on: {error}") from None
 

@@ -4,10 +4,11 @@ A clip is one `.safetensors` file: RGB frames and the intermediate motion repres
 section 3.1 (optical flow, instance segmentation, depth).
 
 Symbols: T frames, H W pixels, O flow [T, 2, H, W] (dx right, dy down, pixels per frame step, frame t -> t+1), S ids
-[T, H, W] (0 = background), D depth [T, H, W] along the viewing axis, c camera (forward, yaw).
+[T, H, W] (0 = background), D depth [T, H, W] along the viewing axis, c camera [T, 2] (forward, yaw).
 
 Camera units: `forward` is metres per frame step, `yaw` is radians per frame step / 0.1, positive to the right. Both
-are 0 for a camera that stands still.
+are 0 for a camera that stands still. Row t is the motion of the ego camera from frame t to t+1; where what follows the
+last frame is unknown, the last row repeats the one before. A network is told the mean over the frames that it sees.
 """
 
 from __future__ import annotations
@@ -33,24 +34,30 @@ CAMERA_YAW_UNIT = 0.1  # radians per frame step
 
 @dataclass
 class Clip:
-    """One video with its motion representation. Raises ValueError when shapes disagree or a value is not finite."""
+    """One video with its motion representation. Raises ValueError when shapes disagree or a value is not finite.
+
+    A camera [2], as in former files, is the motion of every frame.
+    """
 
     rgb: np.ndarray  # uint8 [T, H, W, 3]
     flow: np.ndarray  # float32 [T, 2, H, W], pixels per frame step, forward, for every frame
     segmentation: np.ndarray  # uint8 [T, H, W], 0 = background, the same id in every frame
     depth: np.ndarray  # float32 [T, H, W], metres (or any positive unit) along the viewing axis
-    camera: np.ndarray = field(default_factory=lambda: np.zeros(2, np.float32))  # (forward, yaw), units above
+    camera: np.ndarray = field(default_factory=lambda: np.zeros(2, np.float32))  # float32 [T, 2], units above
     fps: float = 7.0
     meta: dict = field(default_factory=dict)  # JSON: scenario, seed, truth of the simulator; "motion_bucket" if known
 
     def __post_init__(self) -> None:
         frames, height, width = self.rgb.shape[:3]
+        with np.errstate(over="ignore"):  # infinity is refused below
+            camera = np.asarray(self.camera, np.float32)
+        self.camera = np.tile(camera, (frames, 1)) if camera.shape == (2,) else camera
         shapes = {
             "rgb": (frames, height, width, 3),
             "flow": (frames, 2, height, width),
             "segmentation": (frames, height, width),
             "depth": (frames, height, width),
-            "camera": (2,),
+            "camera": (frames, 2),
         }
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
@@ -74,7 +81,7 @@ class Clip:
             "flow": self.flow.astype(np.float16),
             "segmentation": self.segmentation,
             "depth": self.depth.astype(np.float16),
-            "camera": self.camera.astype(np.float32),
+            "camera": self.camera,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -99,8 +106,10 @@ class Clip:
                     raise ValueError(f"has {total} frames, {stop or 1} are needed")
                 part = {name: file.get_slice(name)[start:stop] for name in ("rgb", "flow", "segmentation", "depth")}
                 part |= {"flow": part["flow"].astype(np.float32), "depth": part["depth"].astype(np.float32)}
+                camera = file.get_tensor("camera")
+                camera = camera if camera.ndim == 1 else camera[start:stop]  # [2] in former files: of every frame
                 told = json.loads((file.metadata() or {}).get("clip", "{}"))
-                return cls(**part, camera=file.get_tensor("camera"), **told)
+                return cls(**part, camera=camera, **told)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -119,13 +128,14 @@ class Clip:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Torch tensors: rgb [T, 3, H, W] in [-1, 1], flow, segmentation (int64), depth, camera, fps, motion_bucket."""
+        """Torch tensors: rgb [T, 3, H, W] in [-1, 1], flow, segmentation (int64), depth, camera [2] (the mean over the
+        frames), fps, motion_bucket."""
         return {
             "rgb": torch.from_numpy(self.rgb).permute(0, 3, 1, 2).float() / 127.5 - 1,
             "flow": torch.from_numpy(self.flow).float(),
             "segmentation": torch.from_numpy(self.segmentation).long(),
             "depth": torch.from_numpy(self.depth).float(),
-            "camera": torch.from_numpy(self.camera).float(),
+            "camera": torch.from_numpy(self.camera).float().mean(dim=0),
             "fps": torch.tensor(float(self.fps)),
             "motion_bucket": torch.tensor(float(self.meta.get("motion_bucket", 127))),
         }

@@ -218,8 +218,8 @@ def trial_clip(file: h5py.File, kept: range, flow: Annotator | None, depth: Anno
     if flow is None and is_cloth(file, name):
         raise ValueError("shows cloth (drape), whose flow poses do not tell; give --flow raft or a folder")
     steps = flow(pictures) if flow else np.stack([rigid_flow(distance[t], ids[t], *p) for t, p in enumerate(pairs)])
-    vectors = steps if len(steps) == len(ids) else with_last(steps)
-    camera = np.mean([view_motion(*pair) for pair in pairs] or np.zeros((1, 2)), axis=0).astype(np.float32)
+    moves = np.array([view_motion(*pair) for pair in pairs] or np.zeros((len(ids), 2)), np.float32)
+    vectors, camera = (each if len(each) == len(ids) else with_last(each) for each in (steps, moves))
     meta = trial_meta(file, groups, kept)
     return with_bucket(Clip(pictures.rgb, vectors, ids, distance, camera, TDW_FPS / kept.step, meta))
 

@@ -254,7 +254,7 @@ def driving(rng: np.random.Generator, frames: int) -> Scene:
     things = [Thing([*body, *wheels], np.array([x, lanes[k], 0.75])) for x, k in zip(ahead, lane, strict=True)]
     path, camera = np.zeros((frames + 1, count, 7)), np.zeros((frames + 1, 4, 3))
     path[..., 2], path[..., 3] = 0.75, 1.0
-    x, v, here, yaw, way = ahead.copy(), speed.copy(), np.zeros(2), 0.0, 0.0
+    x, v, here, yaw, motion = ahead.copy(), speed.copy(), np.zeros(2), 0.0, []
     y = np.array([lanes[k] for k in lane])
     for t in range(frames + 1):
         path[t, :, 0], path[t, :, 1] = x, y
@@ -263,14 +263,14 @@ def driving(rng: np.random.Generator, frames: int) -> Scene:
         v = np.minimum(np.minimum(v + 0.1, speed), [safe_speed(x[i], y[i], x, y) for i in range(count)])
         step = min(ego, safe_speed(here[0] + 0.5, here[1], x, y)) * FRAME_TIME
         x, yaw = x + v * FRAME_TIME, yaw + yaw_rate * FRAME_TIME
-        here, way = here + step * heading(yaw)[:2], way + step * (t < frames)
+        here = here + step * heading(yaw)[:2]
+        motion.append([step, -yaw_rate * FRAME_TIME / CAMERA_YAW_UNIT])  # yaw to the right is positive
     scenery = []
     for k in range(14):
         size = (rng.uniform(2, 5), rng.uniform(2, 4), rng.uniform(2, 7))
         where = (5 + 5 * (k // 2) + rng.uniform(-1, 1), (-1) ** k * rng.uniform(10, 13), size[2])
         scenery.append(((BOX, size, where), rng.uniform(0.35, 0.75)))
-    motion = [way / frames, -yaw_rate * FRAME_TIME / CAMERA_YAW_UNIT]  # yaw to the right is positive
-    return Scene(things, path=path, camera_path=camera, scenery=scenery, truth={"camera_motion": motion})
+    return Scene(things, path=path, camera_path=camera, scenery=scenery, truth={"camera_motion": motion[:frames]})
 
 
 SCENARIOS: dict[str, Callable[[np.random.Generator, int], Scene]] = {

@@ -1,9 +1,11 @@
 """clips/clip.py: the clip file, dataset order."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from clips import Clip, ClipDataset, ResumableSampler
@@ -46,7 +48,7 @@ def test_a_mirrored_clip_has_left_and_right_exchanged_and_nothing_else():
     for x in range(width):
         assert (image.flow[:, 0, :, x] == -clip.flow[:, 0, :, width - 1 - x]).all()
         assert (image.flow[:, 1, :, x] == clip.flow[:, 1, :, width - 1 - x]).all()
-    assert image.camera.tolist() == [0.5, 1] and image.fps == 12.5
+    assert image.camera.tolist() == [[0.5, 1]] * 5 and image.fps == 12.5
     assert image.meta == {"scenario": "noise", "motion_bucket": 50, "mirrored": True}
     image.tensors()  # torch takes no negative strides
 
@@ -70,6 +72,10 @@ def test_load_reads_a_window(tmp_path):
         ({"depth": np.zeros((5, 7, 9), np.float32)}, "depth holds 0"),
         ({"fps": 0.0}, "fps is 0"),
         ({"camera": np.array([0, np.inf], np.float32)}, "camera holds"),
+        ({"camera": np.array([0, 1e300])}, "camera holds"),
+        ({"camera": np.zeros((4, 2), np.float32)}, r"camera has shape \(4, 2\), expected \(5, 2\)"),
+        ({"camera": np.zeros(3, np.float32)}, r"camera has shape \(3,\)"),
+        ({"camera": np.zeros((1, 2), np.float32)}, r"camera has shape \(1, 2\)"),
     ],
 )
 def test_a_wrong_clip_is_refused(change, message):
@@ -100,6 +106,36 @@ def test_tensors_have_the_stated_units():
     assert tensors["rgb"].shape == (5, 3, 7, 9) and tensors["rgb"].abs().max() <= 1
     assert tensors["rgb"][1, 2, 3, 4] == pytest.approx(clip.rgb[1, 3, 4, 2] / 127.5 - 1, abs=1e-6)
     assert (tensors["fps"], tensors["motion_bucket"]) == (12.5, 50)
+
+
+# --------------------------------------------------------------------------------------------------------------- camera
+
+
+def test_a_window_has_the_camera_of_its_frames(tmp_path):
+    """A camera that changes half way: what a network is told is the mean over the frames that it sees."""
+    camera = np.array([[0.2, 0], [0.4, 0], [0.6, 0], [0, -0.3], [0, -0.5], [0, -0.7], [0, -0.9]], np.float32)
+    for name in "ab":
+        replace(random_clip(frames=7), camera=camera).save(tmp_path / f"{name}.safetensors")
+    np.testing.assert_array_equal(Clip.load(tmp_path / "a.safetensors").camera, camera)
+    np.testing.assert_array_equal(Clip.load(tmp_path / "a.safetensors", 2, 3).camera, camera[2:5])
+    clips = ClipDataset(tmp_path, frames=3)
+    windows = [[(0, 0), (1, 4)], [(1, 2), (0, 3)]]  # a batch each: of the two clips, other frames
+    told = torch.stack([torch.stack([clips[key]["camera"] for key in batch]) for batch in windows])
+    expected = [[[0.4, 0], [0, -0.7]], [[0.2, -0.8 / 3], [0, -0.5]]]
+    torch.testing.assert_close(told, torch.tensor(expected))
+
+
+def test_a_former_camera_is_that_of_every_frame(tmp_path):
+    path = tmp_path / "a.safetensors"
+    random_clip().save(path)
+    tensors = load_file(path)
+    assert tensors["camera"].shape == (5, 2)
+    save_file(tensors | {"camera": np.array([0.5, -1], np.float32)}, path)  # as files were
+    for clip in (random_clip(), Clip.load(path), Clip.load(path, start=3, frames=2)):
+        assert clip.camera.dtype == np.float32 and clip.camera.tolist() == [[0.5, -1]] * len(clip.rgb)
+        assert clip.tensors()["camera"].tolist() == [0.5, -1]
+    two = Clip.load(path, start=3, frames=2)  # two frames, two numbers: rows, not columns
+    assert replace(two, camera=np.array([[1, 2], [3, 4]], np.float32)).camera.tolist() == [[1, 2], [3, 4]]
 
 
 # ------------------------------------------------------------------------------------------------ dataset and its order
