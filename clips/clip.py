@@ -32,6 +32,15 @@ CAMERA_YAW_UNIT = 0.1  # radians per frame step
 # ----------------------------------------------------------------------------------------------------------- clip files
 
 
+def _halved(values: np.ndarray, name: str) -> np.ndarray:
+    """The values as float16. Raises ValueError when one becomes infinite."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not (finite := np.isfinite(half)).all():
+        raise ValueError(f"{name} holds {values[~finite][0]:g}, which half precision cannot hold (65504 at most)")
+    return half
+
+
 @dataclass
 class Clip:
     """One video with its motion representation. Raises ValueError when shapes disagree or a value is not finite.
@@ -74,13 +83,23 @@ class Clip:
             raise ValueError(f"fps is {self.fps}, expected a positive number")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one file, complete or not at all; flow and depth are kept in half precision."""
+        """Writes one file, complete or not at all; flow and depth are kept in half precision.
+
+        Raises ValueError that begins with the path when half precision cannot hold a value: flow or depth beyond
+        65,504, or a depth so small that it would become 0.
+        """
         path = Path(path)
+        try:
+            flow, depth = _halved(self.flow, "flow"), _halved(self.depth, "depth")
+            if not depth.all():
+                raise ValueError(f"depth holds {self.depth[depth == 0][0]:g}, which half precision makes 0")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         tensors = {
             "rgb": self.rgb,
-            "flow": self.flow.astype(np.float16),
+            "flow": flow,
             "segmentation": self.segmentation,
-            "depth": self.depth.astype(np.float16),
+            "depth": depth,
             "camera": self.camera,
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,32 @@ def test_a_wrong_clip_is_refused(change, message):
         Clip(**parts)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("flow", -70000.0, "flow holds -70000, which half precision cannot hold"),
+        ("flow", 65520.0, "flow holds 65520"),  # the first that rounds to infinity
+        ("depth", 65535.0, "depth holds 65535"),  # the farthest of a 16 bit picture
+        ("depth", 2e-8, "depth holds 2e-08, which half precision makes 0"),
+    ],
+)
+def test_what_reading_would_refuse_is_not_written(tmp_path, name, value, message):
+    clip, path = random_clip(), tmp_path / "a.safetensors"
+    getattr(clip, name)[3, ..., 2, 4] = value
+    with pytest.raises(ValueError, match=f"a.safetensors: {message}"):
+        clip.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_half_precision_holds_is_written(tmp_path):
+    clip, path = random_clip(), tmp_path / "a.safetensors"
+    clip.flow[1, 0, 2], clip.flow[1, 1, 2], clip.depth[2, 3], clip.depth[2, 4] = 65519, -65504, 65504, 6e-8
+    clip.save(path)
+    loaded = Clip.load(path)
+    assert loaded.flow[1, :, 2, 0].tolist() == [65504, -65504]
+    assert loaded.depth[2, 3, 0] == 65504 and loaded.depth[2, 4, 0] == pytest.approx(6e-8, rel=0.01)
+
+
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match="a.safetensors"):
