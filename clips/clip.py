@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 CAMERA_YAW_UNIT = 0.1  # radians per frame step
+FPS = 7.0  # of a clip that does not say
 
 
 # ----------------------------------------------------------------------------------------------------------- clip files
@@ -53,7 +55,7 @@ class Clip:
     segmentation: np.ndarray  # uint8 [T, H, W], 0 = background, the same id in every frame
     depth: np.ndarray  # float32 [T, H, W], metres (or any positive unit) along the viewing axis
     camera: np.ndarray = field(default_factory=lambda: np.zeros(2, np.float32))  # float32 [T, 2], units above
-    fps: float = 7.0
+    fps: float = FPS
     meta: dict = field(default_factory=dict)  # JSON: scenario, seed, truth of the simulator; "motion_bucket" if known
 
     def __post_init__(self) -> None:
@@ -160,12 +162,13 @@ class Clip:
         }
 
 
-def clip_shape(path: str | os.PathLike) -> tuple[int, ...]:
-    """(T, H, W, 3) from the header of a clip file. Raises ValueError that begins with the path."""
+def clip_header(path: str | os.PathLike) -> tuple[tuple[int, ...], float]:
+    """(T, H, W, 3) and fps from the header of a clip file. Raises ValueError that begins with the path."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return tuple(file.get_slice("rgb").get_shape())
-    except (SafetensorError, OSError) as error:
+            told = json.loads((file.metadata() or {}).get("clip", "{}"))
+            return tuple(file.get_slice("rgb").get_shape()), float(told.get("fps", FPS))
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -185,12 +188,13 @@ class ClipDataset(torch.utils.data.Dataset):
 
     All clips must have the size of the first and at least `frames` frames (default: as many as the first has); a
     ValueError names the file that is damaged, too short or of another size. `whole`: every clip has just one window.
+    `fps`: that of most clips.
     """
 
     def __init__(self, folder: str | os.PathLike, frames: int | None = None) -> None:
         self.paths = find_clips(folder)
-        shapes = [clip_shape(path) for path in self.paths]
-        self.lengths = [shape[0] for shape in shapes]
+        shapes, rates = zip(*map(clip_header, self.paths), strict=True)
+        self.lengths, self.fps = [shape[0] for shape in shapes], statistics.mode(rates)
         self.frames, (self.height, self.width) = frames or self.lengths[0], shapes[0][1:3]
         for path, shape in zip(self.paths, shapes, strict=True):
             if shape[0] < self.frames:

@@ -177,6 +177,22 @@ def test_dataset_windows(tmp_path):
     assert {clips[(0, draw)]["rgb"].sum().item() for draw in range(5)} == {clips[(0, 0)]["rgb"].sum().item()}
 
 
+def test_dataset_has_the_fps_of_most_of_its_clips(tmp_path):
+    for i, fps in enumerate((4.0, 10.0, 7.5, 10.0)):
+        replace(random_clip(i), fps=fps).save(tmp_path / f"{i}.safetensors")
+    assert ClipDataset(tmp_path).fps == 10
+    path = tmp_path / "0.safetensors"
+    for told in ({}, {"clip": "{}"}):  # a file that does not say
+        save_file(load_file(path), path, told)
+        (tmp_path / "only").mkdir(exist_ok=True)
+        (tmp_path / "only" / "0.safetensors").write_bytes(path.read_bytes())
+        assert ClipDataset(tmp_path / "only").fps == Clip.load(path).fps == 7
+    for told in ("[]", "{", '{"fps": "ten"}', '{"fps": null}'):
+        save_file(load_file(path), path, {"clip": told})
+        with pytest.raises(ValueError, match="0.safetensors: "):
+            ClipDataset(tmp_path)
+
+
 def test_dataset_names_the_clip_that_does_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="no clips"):
         ClipDataset(tmp_path)
