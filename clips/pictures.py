@@ -1,7 +1,8 @@
 """Every modality as a 3-channel picture in [-1, 1], and back: R_t = (O_t, S_t, D_t) passes through the VAE like RGB.
 
 Each codec is invertible. Flow is (u, v, magnitude) through asinh; ids take colours of a fixed palette in an order that
-the first frame shows; depth is inverse depth in the first frame's range.
+the first frame shows; depth is inverse depth in the first frame's range. All take batches ([..., T, ...] with
+[...] first frames), and nothing that turns a modality into a picture waits for a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOW_RANGE = 32.0  # pixels per frame step that reach the ends of [-1, 1]; larger flow goes beyond, it is not cut off
+CODEC_VERSION = 1  # raise it when a picture changes: latents of another version are never used again
 DEPTH_MARGIN = 0.25  # room, in first-frame ranges of 1/depth, for what comes nearer or goes farther later
 
 
@@ -53,65 +55,96 @@ def _palette() -> Tensor:
 PALETTE = _palette()
 
 
+def _palette_on(device: torch.device) -> Tensor:
+    return PALETTE.to(device, non_blocking=True)  # no waiting for a GPU: nobody writes to it meanwhile
+
+
 def color_order(first: Tensor | None) -> Tensor:
-    """First-frame ids [H, W] -> [256]: palette index of every id; the ids themselves where no first frame is known.
+    """First-frame ids [..., H, W] -> [..., 256]: palette index of every id; the ids themselves where no first frame is
+    known.
 
     Colours go from left to right by centroid (then top to bottom), an order that anybody can read off the first frame;
     ids that only appear later come last.
     """
     if first is None:
         return torch.arange(256)
-    height, width = first.shape
-    count = torch.bincount(first.flatten(), minlength=256).double()
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    center_x, center_y = (
-        torch.bincount(first.flatten(), axis.flatten().double().to(first.device), minlength=256) / count
-        for axis in (x, y)
-    )
-    keys = zip(
-        (count == 0).tolist(), center_x.nan_to_num().tolist(), center_y.nan_to_num().tolist(), range(256), strict=True
-    )
-    ids = [key[-1] for key in sorted(list(keys)[1:])]
-    order = torch.zeros(256, dtype=torch.long)
-    order[torch.tensor(ids)] = torch.arange(1, 256)
-    return order.to(first.device)
+    height, width = first.shape[-2:]
+    ids = first.long().flatten(-2)  # [..., H W]
+    rows = torch.arange(height, device=ids.device).repeat_interleave(width)
+    columns = torch.arange(width, device=ids.device).repeat(height)
+    count = _totals(torch.ones_like(rows), ids)
+    y, x = (torch.where(count > 0, _totals(axis, ids) / count, torch.inf) for axis in (rows, columns))  # absent: last
+    ranked = y.argsort(dim=-1, stable=True)  # equal ones stay in the order of the ids
+    ranked = ranked.gather(-1, x.gather(-1, ranked).argsort(dim=-1, stable=True))
+    places = torch.arange(1, 256, device=ids.device).expand_as(ranked)
+    return ids.new_zeros(*ids.shape[:-1], 256).scatter_(-1, ranked + 1, places)
+
+
+def _totals(values: Tensor, ids: Tensor) -> Tensor:
+    """Values [H W] of a frame's pixels, ids [..., H W] -> sums over the pixels of the ids 1 to 255, [..., 255]. Exact:
+    whole numbers have the same sum in whatever order a GPU adds them."""
+    sums = ids.new_zeros(*ids.shape[:-1], 256).scatter_add_(-1, ids, values.expand_as(ids))
+    return sums[..., 1:].double()
 
 
 def segmentation_to_picture(segmentation: Tensor, first: Tensor | None) -> Tensor:
-    """Ids [T, H, W], first-frame ids [H, W] -> [T, 3, H, W] in the palette's colours, in the order of `color_order`."""
-    colors = PALETTE.to(segmentation.device)[color_order(first)]
-    return colors[segmentation].movedim(-1, -3)
+    """Ids [..., T, H, W], first-frame ids [..., H, W] -> [..., T, 3, H, W]: the palette's colours, in the order of
+    `color_order`."""
+    ids = segmentation.long().flatten(-3)  # [..., T H W]
+    if first is not None:
+        ids = color_order(first).expand(*ids.shape[:-1], 256).gather(-1, ids)
+    return _palette_on(ids.device)[ids.view(segmentation.shape)].movedim(-1, -3)
 
 
 def picture_to_segmentation(picture: Tensor, first: Tensor | None) -> Tensor:
-    """[T, 3, H, W] -> ids [T, H, W]: the nearest colour among the background and the ids that the first frame shows.
+    """[..., T, 3, H, W] -> ids [..., T, H, W]: the nearest colour among the background and the ids that the first frame
+    [..., H, W] shows.
 
     Without a first frame, the first eight colours (background and seven corners of the RGB cube) are the candidates.
     """
-    ids = torch.arange(8) if first is None else torch.cat([first.new_zeros(1), first.flatten()]).unique()
-    ids = ids.to(picture.device)
-    colors = PALETTE.to(picture.device)[color_order(first).to(picture.device)[ids]]
-    return ids[torch.cdist(picture.movedim(-3, -1).float(), colors).argmin(-1)]
-
-
-def depth_range(first: Tensor | None) -> tuple[float, float]:
-    """Ends of the inverse depth scale, from the first frame [H, W] with a margin; (0, 1) where no depth is known."""
+    colors, lead = picture.movedim(-3, -1).float(), picture.shape[:-4]  # [..., T, H, W, 3]
+    every = torch.arange(256, device=picture.device)
     if first is None:
-        return 0.0, 1.0
-    low, high = (1 / first.max()).item(), (1 / first.min()).item()
-    margin = DEPTH_MARGIN * max(high - low, 0.1 * high)
-    return max(low - margin, 0.0), high + margin
+        ids = every[:8].expand(*lead, 8)
+    else:
+        shown = torch.zeros(*lead, 256, dtype=torch.bool, device=picture.device)
+        shown = shown.scatter_(-1, first.long().flatten(-2).to(picture.device), True) | (every == 0)
+        most = int(shown.sum(dim=-1).max())
+        ids = torch.where(shown, every, 256).sort(dim=-1).values[..., :most]  # 256: no candidate, in samples with fewer
+    order = color_order(first).to(picture.device).expand(*lead, 256)
+    candidates = _palette_on(picture.device)[order.gather(-1, ids.clamp(max=255))]  # [..., N, 3]
+    distance = torch.cdist(colors.flatten(-4, -2), candidates)  # [..., T H W, N]
+    nearest = distance.masked_fill((ids == 256).unsqueeze(-2), torch.inf).argmin(dim=-1)
+    return ids.gather(-1, nearest).view(colors.shape[:-1])
+
+
+def depth_range(first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ends of the inverse depth scale, from the first frame [..., H, W] with a margin, each [...] in double precision;
+    0 and 1 where no depth is known."""
+    if first is None:
+        return torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    low, high = (1 / first.amax(dim=(-2, -1))).double(), (1 / first.amin(dim=(-2, -1))).double()
+    margin = DEPTH_MARGIN * torch.maximum(high - low, 0.1 * high)
+    return (low - margin).clamp(min=0), high + margin
+
+
+def _scale(first: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Low end, length and high end of `depth_range`, each [..., 1, 1, 1], with device and precision of `like`."""
+    low, high = depth_range(first)
+    return tuple(end[..., None, None, None].to(like, non_blocking=True) for end in (low, high - low, high))
 
 
 def depth_to_picture(depth: Tensor, first: Tensor | None) -> Tensor:
-    """Depth [T, H, W] -> [T, 3, H, W]: inverse depth (near is bright), normalised by the first frame's range."""
-    low, high = depth_range(first)
-    gray = (1 / depth - low) / (high - low) * 2 - 1
+    """Depth [..., T, H, W] -> [..., T, 3, H, W]: inverse depth (near is bright), normalised by the range of the first
+    frame [..., H, W]."""
+    low, length, _ = _scale(first, depth)
+    gray = (1 / depth - low) / length * 2 - 1
     return gray.unsqueeze(-3).expand(*gray.shape[:-2], 3, *gray.shape[-2:])
 
 
 def picture_to_depth(picture: Tensor, first: Tensor | None) -> Tensor:
-    """[T, 3, H, W] -> depth [T, H, W]; what decodes to "beyond infinity" becomes 100 times the nearest distance."""
-    low, high = depth_range(first)
-    inverse = (picture.mean(dim=-3) + 1) / 2 * (high - low) + low
-    return 1 / inverse.clamp(min=high / 100)
+    """[..., T, 3, H, W] -> depth [..., T, H, W]; what decodes to "beyond infinity" becomes 100 times the nearest
+    distance."""
+    low, length, high = _scale(first, picture)
+    inverse = (picture.mean(dim=-3) + 1) / 2 * length + low
+    return 1 / torch.maximum(inverse, high / 100)
