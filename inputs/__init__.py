@@ -1,6 +1,16 @@
 """What a person brings: arrows, and a picture of any size with ids and depth."""
 
-from inputs.arrows import Arrow, Arrows, apply_shapes, arrows_to_flow
+from inputs.arrows import Arrow, Arrows, apply_shapes, arrows_to_flow, told_mask, told_to_stay
 from inputs.photo import read_depth, read_rgb, read_segmentation
 
-__all__ = ["Arrow", "Arrows", "apply_shapes", "arrows_to_flow", "read_depth", "read_rgb", "read_segmentation"]
+__all__ = [
+    "Arrow",
+    "Arrows",
+    "apply_shapes",
+    "arrows_to_flow",
+    "read_depth",
+    "read_rgb",
+    "read_segmentation",
+    "told_mask",
+    "told_to_stay",
+]

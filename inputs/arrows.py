@@ -6,6 +6,11 @@
 Places in an image: x to the right, y down, from the top left corner of the top left pixel. Pixel (i, j) is the square
 from (i, j) to (i + 1, j + 1); it is in a shape when its centre is. delta: frame steps per arrow; v delta is the flow of
 an arrow v.
+
+"Not told" is not "told to stay". An object without an arrow is not told: it may move or not, and with an empty list
+nothing is told about motion at all. An arrow of no length tells its object to stay, and "rest": "still" tells all
+objects without an arrow. F is 0 for both, so only a model that sees `told_mask` beside F can tell them apart; whoever
+has another model asks `told_to_stay` and refuses.
 """
 
 from __future__ import annotations
@@ -78,13 +83,14 @@ SHAPES = ("box", "polygon", "mask")
 
 @dataclass(frozen=True)
 class Arrows:
-    """arrows.json: arrows and what goes with them. An empty list = nothing is told about motion."""
+    """arrows.json: arrows and what goes with them. An empty list, without `rest`: nothing is told about motion."""
 
     arrows: tuple[Arrow, ...] = ()
     camera: tuple[float, float] = (0.0, 0.0)  # c: forward motion and yaw, units in clips/clip.py
     segmentation: str | None = None  # picture files
     depth: str | None = None
     delta: float | None = None  # default: 1 / (T - 1)
+    rest: str | None = None  # "still": all objects without an arrow are told to stay
     name: str = field(default="arrows", compare=False)  # what errors call it: the file
 
     @classmethod
@@ -111,7 +117,7 @@ class Arrows:
     def from_dict(cls, d: dict, folder: str | os.PathLike = "", name: str = "arrows") -> Arrows:
         """The content of an arrows.json; `folder` is what its paths are relative to, `name` is for error messages."""
         try:
-            _check_keys(d, ("arrows",), ("camera", "segmentation", "depth", "delta"))
+            _check_keys(d, ("arrows",), ("camera", "segmentation", "depth", "delta", "rest"))
             entries = d.get("arrows")
             if not isinstance(entries, list | tuple):
                 raise ValueError(f"arrows is {reprlib.repr(entries)}, expected a list")
@@ -121,6 +127,9 @@ class Arrows:
                 settings["camera"] = _numbers(d["camera"], 2, "camera")
             if "delta" in d:
                 settings["delta"] = _positive(d["delta"], "delta")
+            if d.get("rest", "still") != "still":
+                raise ValueError(f'rest is {reprlib.repr(d["rest"])}, expected "still"')
+            settings["rest"] = d.get("rest")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         arrows = []
@@ -359,11 +368,36 @@ def arrows_to_flow(arrows: Arrows, segmentation: Tensor, frames: int, delta: flo
         if frames < 2:
             raise ValueError(f"frames is {frames}, expected 2 or more")
         delta = 1 / (frames - 1)
-    if segmentation.ndim != 2:
-        raise ValueError(f"segmentation has shape {list(segmentation.shape)}, expected [H, W]")
-    ids = _checked_ids(segmentation, segmentation.device)
+    ids, objects = _told_objects(arrows, segmentation)
     F = torch.zeros(2, *ids.shape, device=ids.device)
-    for arrow, instance in zip(arrows.arrows, _object_ids(arrows, ids.cpu().numpy()), strict=True):
+    for arrow, instance in zip(arrows.arrows, objects, strict=True):
         v = torch.tensor(arrow.end, device=F.device) - torch.tensor(arrow.start, device=F.device)
         F[:, ids == instance] = (v * delta)[:, None]
     return F
+
+
+def told_mask(arrows: Arrows, segmentation: Tensor) -> Tensor:
+    """Where something is told: 1 over every object with an arrow, one of no length too, and with rest="still" over all
+    objects; 0 elsewhere. It is the mask of Eq. 9, as a user draws it.
+
+    segmentation: ids of the image [H, W]. Returns [1, H, W], float32. Raises ValueError that names file and arrow.
+    """
+    ids, objects = _told_objects(arrows, segmentation)
+    told = ids > 0 if arrows.rest else torch.isin(ids, torch.tensor(objects, dtype=ids.dtype, device=ids.device))
+    return told[None].float()
+
+
+def told_to_stay(arrows: Arrows) -> str | None:
+    """What tells an object to stay, for an error message: the first arrow of no length, or `rest`; None: nothing."""
+    for number, arrow in enumerate(arrows.arrows, 1):
+        if arrow.start == arrow.end:
+            return f"arrow {number} has no length"
+    return f'"rest" is "{arrows.rest}"' if arrows.rest else None
+
+
+def _told_objects(arrows: Arrows, segmentation: Tensor) -> tuple[Tensor, list[int]]:
+    """Ids [H, W] as whole numbers, and the object of every arrow."""
+    if segmentation.ndim != 2:
+        raise ValueError(f"segmentation has shape {list(segmentation.shape)}, expected [H, W]")
+    ids = _checked_ids(segmentation, segmentation.device)
+    return ids, _object_ids(arrows, ids.cpu().numpy())
