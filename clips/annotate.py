@@ -543,26 +543,29 @@ def run_annotate(arguments: argparse.Namespace) -> None:
 
 
 def add_models(parser: argparse.ArgumentParser, flow: str, depth: str) -> None:
-    parser.add_argument("--flow", default=flow, help="raft, raft-small or a folder (default %(default)s)")
-    parser.add_argument("--flow-weights", metavar="FILE", help="RAFT's weights; without it they are downloaded once")
-    parser.add_argument("--depth", default=depth, help="depth-anything, none (1 everywhere) or a folder")
-    parser.add_argument("--depth-model", default="depth-anything/Depth-Anything-V2-Small-hf", metavar="HUB_ID_OR_DIR")
+    flows = ", ".join(dict.fromkeys((flow, "raft", "raft-small")))
+    add, model, source = parser.add_argument, "depth-anything/Depth-Anything-V2-Small-hf", "of it (default %(default)s)"
+    add("--flow", default=flow, help=f"{flows} or a folder (default %(default)s)")
+    add("--flow-weights", metavar="FILE", help="RAFT's weights (default: they are downloaded once)")
+    add("--depth", default=depth, help="depth-anything, none (1 everywhere) or a folder (default %(default)s)")
+    add("--depth-model", default=model, metavar="HUB_ID_OR_DIR", help=source)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("videos", nargs="+", metavar="VIDEO")
+    parser = argparse.ArgumentParser("python -m clips.annotate", description=__doc__.split("\n")[0])
+    add, source = parser.add_argument, "of it (default %(default)s)"
+    add("videos", nargs="+", metavar="VIDEO", help="files that FFmpeg reads")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--out", metavar="DIR")
+    target.add_argument("--out", metavar="DIR", help="where the clips go")
     target.add_argument("--export", metavar="DIR", help="only write the frames, for annotators of your own")
-    parser.add_argument("--frames", type=int, default=16, help="of a clip")
-    parser.add_argument("--size", default="512x320", help="WIDTHxHEIGHT; the centre of the picture is kept")
-    parser.add_argument("--fps", type=float, default=7.0)
+    add("--frames", type=int, default=16, help="of a clip (default %(default)s)")
+    add("--size", default="512x320", help="WIDTHxHEIGHT; the centre of the picture is kept (default %(default)s)")
+    add("--fps", type=float, default=7.0, help="frames a second of the clips (default %(default)s)")
     add_models(parser, "raft", "depth-anything")
-    parser.add_argument("--segmentation", default="sam2", help="sam2, none (all background) or a folder")
-    parser.add_argument("--segmentation-model", default="facebook/sam2.1-hiera-tiny", metavar="HUB_ID_OR_DIR")
-    parser.add_argument("--camera", choices=("flow", "none"), default="flow", help="none: it stands still")
-    parser.add_argument("--fov", type=float, default=50.0, help="vertical field of view of the clip, degrees")
+    add("--segmentation", default="sam2", help="sam2, none (all background) or a folder (default %(default)s)")
+    add("--segmentation-model", default="facebook/sam2.1-hiera-tiny", metavar="HUB_ID_OR_DIR", help=source)
+    add("--camera", choices=("flow", "none"), default="flow", help="none: it stands still (default %(default)s)")
+    add("--fov", type=float, default=50.0, help="vertical field of view of the clip, degrees (default %(default)s)")
     return parser.parse_args(words)
 
 

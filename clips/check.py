@@ -30,8 +30,8 @@ def check(folder: str | os.PathLike) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", metavar="DIR")
+    parser = argparse.ArgumentParser("python -m clips.check", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", metavar="DIR", help="a folder of clips")
     folder = parser.parse_args().folder
     try:
         problems = check(folder)

@@ -265,13 +265,14 @@ def run_physion(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("trials", nargs="+", metavar="TRIAL.hdf5")
-    parser.add_argument("--out", metavar="DIR", required=True)
-    parser.add_argument("--start", type=int, default=0, help="first frame")
-    parser.add_argument("--step", type=int, default=1, help="keep every step-th frame; clips have 30 / step a second")
-    parser.add_argument("--frames", type=int, help="of a clip (default: to the end of the trial)")
-    parser.add_argument("--size", help="WIDTHxHEIGHT (default: as rendered)")
+    parser = argparse.ArgumentParser("python -m clips.physion", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("trials", nargs="+", metavar="TRIAL.hdf5", help="files of Physion or Physion 1.5")
+    add("--out", metavar="DIR", required=True, help="where the clips go")
+    add("--start", type=int, default=0, help="first frame (default %(default)s)")
+    add("--step", type=int, default=1, help="keep every step-th frame, 30 / step a second (default %(default)s)")
+    add("--frames", type=int, help="of a clip (default: to the end of the trial)")
+    add("--size", help="WIDTHxHEIGHT (default: as rendered)")
     add_models(parser, "exact", "none")
     return parser.parse_args(words)
 

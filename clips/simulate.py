@@ -624,15 +624,16 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--scenario", default="dominoes", help=f"one or more of {','.join(SCENARIOS)}")
-    parser.add_argument("--size", default="128x64", help="WIDTHxHEIGHT, or one number for a square")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--mirror", action="store_true", help="for training: the mirror image of every clip, too")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next ones count up from it")
+    parser = argparse.ArgumentParser("python -m clips.simulate", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="where the clips go")
+    add("--clips", type=int, default=64, help="how many (default %(default)s)")
+    add("--scenario", default="dominoes", help=f"one or more of {','.join(SCENARIOS)} (default %(default)s)")
+    add("--size", default="128x64", help="WIDTHxHEIGHT, or one number for a square (default %(default)s)")
+    add("--frames", type=int, default=16, help="of a clip (default %(default)s)")
+    add("--mirror", action="store_true", help="for training: the mirror image of every clip, too (default: no)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
+    add("--seed", type=int, default=0, help="of the first clip; the next ones count up from it (default %(default)s)")
     arguments = parser.parse_args()
     folder, scenarios = Path(arguments.folder), arguments.scenario.split(",")
     try:
