@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clips import Clip, annotate
+from clips import Clip, ClipDataset, annotate
 from clips.annotate import Pictures
 
 
@@ -439,7 +439,8 @@ def test_camera_motion_of_a_known_camera(forward, yaw):
     ids = np.zeros((3, 41, 67), np.uint8)
     ids[:, 10:25, 10:30] = 5
     camera = annotate.camera_motion(np.stack([flow, flow]), np.stack([depth] * 3), ids, fov)
-    assert camera == pytest.approx([forward, yaw / 0.1], abs=1e-3) and camera.dtype == np.float32
+    assert camera.shape == (2, 2) and camera.dtype == np.float32
+    np.testing.assert_allclose(camera, [[forward, yaw / 0.1]] * 2, atol=1e-3)
     with pytest.raises(ValueError, match="is background, too little"):
         annotate.camera_motion(np.stack([flow, flow]), np.stack([depth] * 3), ids * 0 + 1, fov)
 
@@ -453,7 +454,23 @@ def test_camera_motion_of_a_plane_and_of_the_simulator():
     for seed in range(3):
         clip = simulate.simulate("driving", seed, frames=4, size=(48, 32))
         camera = annotate.camera_motion(clip.flow[:-1], clip.depth, clip.segmentation, 50.0)
-        assert camera == pytest.approx(clip.camera, rel=0.03, abs=0.01)  # its camera looks down a little
+        np.testing.assert_allclose(camera, clip.camera[:-1], rtol=0.03, atol=0.01)  # its camera looks down a little
+
+
+def test_windows_of_an_annotated_clip_have_their_own_camera_motion(tmp_path):
+    """Four steps ahead, then three that turn: the last row is unknown and repeats the one before."""
+    random, fov = np.random.default_rng(7), 47.0
+    depth = random.uniform(4, 40, size=(21, 33)).astype(np.float32)
+    focal = 21 / 2 / math.tan(math.radians(fov / 2))
+    flow = np.stack([moving_camera_flow(depth, focal, *step) for step in [(0.7, 0)] * 4 + [(0, -0.09)] * 3])
+    ids, depths = np.zeros((8, 21, 33), np.uint8), np.stack([depth] * 8)
+    for name, told in (("moves", fov), ("stands", None)):
+        annotators = annotate.Annotators(lambda _: flow, lambda _: ids, lambda _: depths, told)
+        annotators.clip(Pictures("v", 0, noise(8, 21, 33, 3)), 7, {}).save(tmp_path / f"{name}.safetensors")
+    clips = ClipDataset(tmp_path, frames=4)
+    for start, expected in enumerate([(0.7, 0), (0.525, -0.225), (0.35, -0.45), (0.175, -0.675), (0, -0.9)]):
+        np.testing.assert_allclose(clips[(0, start)]["camera"], expected, atol=2e-3)
+        assert clips[(1, start)]["camera"].tolist() == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ videos -> clips
@@ -505,7 +522,7 @@ def test_annotate_writes_clips_between_cuts_and_resumes(user_folders, capsys):
         np.testing.assert_allclose(clip.flow[:3], user_folders.arrays["flow"][start : start + 3], rtol=1e-3)
         np.testing.assert_array_equal(clip.flow[3], clip.flow[2])
         assert (clip.fps, clip.meta["start"], clip.meta["source"]) == (10, start, "v.mp4")
-        assert clip.camera.tolist() == [0, 0]
+        assert clip.camera.tolist() == [[0, 0]] * 4
         assert clip.meta["motion_bucket"] == annotate.with_bucket(clip).meta["motion_bucket"] > 127
     before = (out / "v_000000.safetensors").stat().st_mtime_ns
     (out / "v_000009.safetensors").unlink()

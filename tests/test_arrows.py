@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inputs import Arrow, Arrows, apply_shapes, arrows_to_flow
+from inputs import Arrow, Arrows, apply_shapes, arrows_to_flow, told_mask, told_to_stay
 from instance_flow import instance_flow
 
 
@@ -34,6 +34,7 @@ FULL = {
     "segmentation": "ids.png",
     "depth": "maps/depth.png",
     "delta": 0.0667,
+    "rest": "still",
 }
 
 
@@ -44,10 +45,13 @@ def test_arrows_round_trip(tmp_path):
     assert arrows.arrows[0] == Arrow((4.0, 6.5), (-7.0, 60.0))
     assert arrows.segmentation == str(tmp_path / "ids.png") and arrows.arrows[4].mask == str(tmp_path / "object.png")
     assert arrows.depth == str(tmp_path / "maps" / "depth.png")
-    assert arrows.camera == (0.5, -1.0) and arrows.delta == 0.0667
+    assert arrows.camera == (0.5, -1.0) and arrows.delta == 0.0667 and arrows.rest == "still"
     assert Arrows.from_dict(json.loads(json.dumps(arrows.to_dict()))) == arrows
     assert json.loads(json.dumps(Arrows.from_dict(FULL).to_dict())) == FULL
-    assert Arrows.from_dict({"arrows": [], "delta": None}).to_dict() == {"arrows": [], "camera": (0.0, 0.0)}
+    assert Arrows.from_dict({"arrows": [], "delta": None, "rest": None}).to_dict() == {
+        "arrows": [],
+        "camera": (0.0, 0.0),
+    }
 
 
 A = {"start": [1, 2], "end": [3, 4]}
@@ -125,6 +129,11 @@ BAD_FILES = [
     (b'{"arrows": [], "delta": -0.5}', "delta is -0.5"),
     (b'{"arrows": [], "delta": Infinity}', "delta is inf"),
     (b'{"arrows": [], "delta": false}', "delta is False"),
+    (b'{"arrows": [], "rest": "Still"}', "rest is 'Still', expected \"still\""),
+    (b'{"arrows": [], "rest": ""}', "rest is ''"),
+    (b'{"arrows": [], "rest": true}', "rest is True"),
+    (b'{"arrows": [], "rest": 0}', "rest is 0"),
+    (b'{"arrows": [], "rest": ["still"]}', "rest is ['still']"),
 ]
 
 
@@ -177,6 +186,60 @@ def test_arrow_of_a_steady_motion_gives_back_its_instance_flow():
     flow[:, :, ids == 3] = torch.tensor([1.5, -0.25])[:, None]
     arrows = make({"start": [2, 2], "end": [2 + 4 * 1.5, 2 - 4 * 0.25]})
     torch.testing.assert_close(arrows_to_flow(arrows, ids, frames=5), instance_flow(flow, ids))
+
+
+def loop_mask(arrows, ids):
+    """Told: every pixel of an object that an arrow names or begins on, or of any object when the rest is still."""
+    named = {a.instance or int(ids[int(a.start[1]), int(a.start[0])]) for a in arrows.arrows}
+    mask = np.zeros((1, *ids.shape), np.float32)
+    for y in range(ids.shape[0]):
+        for x in range(ids.shape[1]):
+            i = int(ids[y, x])
+            mask[0, y, x] = i in named or (arrows.rest == "still" and i > 0)
+    return mask
+
+
+ON_3, STAYS_200 = {"start": [2.5, 3], "end": [9, 0]}, {"start": [0, 0], "end": [0, 0], "instance": 200}
+
+
+@pytest.mark.parametrize(
+    "arrows, pixels",
+    [
+        (make(), 0),  # nothing is told
+        (make(ON_3), 9),
+        (make(STAYS_200), 20),  # moves nothing, and yet it is told
+        (make(ON_3, STAYS_200), 29),
+        (make(rest="still"), 30),
+        (make(ON_3, rest="still"), 30),
+    ],
+)
+def test_told_mask(arrows, pixels):
+    ids = SQUARES.copy()
+    ids[7, 0] = 5  # an object without an arrow
+    mask = told_mask(arrows, torch.from_numpy(ids))
+    assert mask.shape == (1, 8, 12) and mask.dtype == torch.float32 and mask.sum() == pixels
+    np.testing.assert_array_equal(mask, loop_mask(arrows, ids))
+    F = arrows_to_flow(arrows, torch.from_numpy(ids), frames=4)
+    assert (F[:, mask[0] == 0] == 0).all() and F.any() == (ON_3["end"] in [list(a.end) for a in arrows.arrows])
+
+
+def test_told_mask_names_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"^a\.json: arrow 1: start \(5, 1\) is on the background"):
+        told_mask(make({"start": [5, 1], "end": [0, 0]}, rest="still"), torch.from_numpy(SQUARES))
+    with pytest.raises(ValueError, match=r"segmentation has shape \[1, 8, 12\], expected \[H, W\]"):
+        told_mask(make(), torch.from_numpy(SQUARES)[None])
+    with pytest.raises(ValueError, match="segmentation holds ids from 0 to 300"):
+        told_mask(make(), torch.tensor([[0, 300]]))
+
+
+def test_who_is_told_to_stay():
+    assert told_to_stay(make()) is None and told_to_stay(make(ON_3)) is None
+    assert told_to_stay(make(ON_3, STAYS_200)) == "arrow 2 has no length"
+    assert told_to_stay(make(STAYS_200, ON_3, rest="still")) == "arrow 1 has no length"  # the first one
+    assert told_to_stay(make(ON_3, rest="still")) == '"rest" is "still"'
+    assert told_to_stay(make({"start": [2, 2], "end": [2, 2.001]})) is None
+    for arrows in (make(ON_3, STAYS_200), make(rest="still")):  # also in a picture of another size
+        assert told_to_stay(arrows.scaled(0.3, 7)) == told_to_stay(arrows)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """clips/clip.py: the clip file, dataset order."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from clips import Clip, ClipDataset, ResumableSampler
@@ -46,7 +48,7 @@ def test_a_mirrored_clip_has_left_and_right_exchanged_and_nothing_else():
     for x in range(width):
         assert (image.flow[:, 0, :, x] == -clip.flow[:, 0, :, width - 1 - x]).all()
         assert (image.flow[:, 1, :, x] == clip.flow[:, 1, :, width - 1 - x]).all()
-    assert image.camera.tolist() == [0.5, 1] and image.fps == 12.5
+    assert image.camera.tolist() == [[0.5, 1]] * 5 and image.fps == 12.5
     assert image.meta == {"scenario": "noise", "motion_bucket": 50, "mirrored": True}
     image.tensors()  # torch takes no negative strides
 
@@ -70,12 +72,42 @@ def test_load_reads_a_window(tmp_path):
         ({"depth": np.zeros((5, 7, 9), np.float32)}, "depth holds 0"),
         ({"fps": 0.0}, "fps is 0"),
         ({"camera": np.array([0, np.inf], np.float32)}, "camera holds"),
+        ({"camera": np.array([0, 1e300])}, "camera holds"),
+        ({"camera": np.zeros((4, 2), np.float32)}, r"camera has shape \(4, 2\), expected \(5, 2\)"),
+        ({"camera": np.zeros(3, np.float32)}, r"camera has shape \(3,\)"),
+        ({"camera": np.zeros((1, 2), np.float32)}, r"camera has shape \(1, 2\)"),
     ],
 )
 def test_a_wrong_clip_is_refused(change, message):
     parts = vars(random_clip()) | change
     with pytest.raises(ValueError, match=message):
         Clip(**parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("flow", -70000.0, "flow holds -70000, which half precision cannot hold"),
+        ("flow", 65520.0, "flow holds 65520"),  # the first that rounds to infinity
+        ("depth", 65535.0, "depth holds 65535"),  # the farthest of a 16 bit picture
+        ("depth", 2e-8, "depth holds 2e-08, which half precision makes 0"),
+    ],
+)
+def test_what_reading_would_refuse_is_not_written(tmp_path, name, value, message):
+    clip, path = random_clip(), tmp_path / "a.safetensors"
+    getattr(clip, name)[3, ..., 2, 4] = value
+    with pytest.raises(ValueError, match=f"a.safetensors: {message}"):
+        clip.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_half_precision_holds_is_written(tmp_path):
+    clip, path = random_clip(), tmp_path / "a.safetensors"
+    clip.flow[1, 0, 2], clip.flow[1, 1, 2], clip.depth[2, 3], clip.depth[2, 4] = 65519, -65504, 65504, 6e-8
+    clip.save(path)
+    loaded = Clip.load(path)
+    assert loaded.flow[1, :, 2, 0].tolist() == [65504, -65504]
+    assert loaded.depth[2, 3, 0] == 65504 and loaded.depth[2, 4, 0] == pytest.approx(6e-8, rel=0.01)
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -102,6 +134,36 @@ def test_tensors_have_the_stated_units():
     assert (tensors["fps"], tensors["motion_bucket"]) == (12.5, 50)
 
 
+# --------------------------------------------------------------------------------------------------------------- camera
+
+
+def test_a_window_has_the_camera_of_its_frames(tmp_path):
+    """A camera that changes half way: what a network is told is the mean over the frames that it sees."""
+    camera = np.array([[0.2, 0], [0.4, 0], [0.6, 0], [0, -0.3], [0, -0.5], [0, -0.7], [0, -0.9]], np.float32)
+    for name in "ab":
+        replace(random_clip(frames=7), camera=camera).save(tmp_path / f"{name}.safetensors")
+    np.testing.assert_array_equal(Clip.load(tmp_path / "a.safetensors").camera, camera)
+    np.testing.assert_array_equal(Clip.load(tmp_path / "a.safetensors", 2, 3).camera, camera[2:5])
+    clips = ClipDataset(tmp_path, frames=3)
+    windows = [[(0, 0), (1, 4)], [(1, 2), (0, 3)]]  # a batch each: of the two clips, other frames
+    told = torch.stack([torch.stack([clips[key]["camera"] for key in batch]) for batch in windows])
+    expected = [[[0.4, 0], [0, -0.7]], [[0.2, -0.8 / 3], [0, -0.5]]]
+    torch.testing.assert_close(told, torch.tensor(expected))
+
+
+def test_a_former_camera_is_that_of_every_frame(tmp_path):
+    path = tmp_path / "a.safetensors"
+    random_clip().save(path)
+    tensors = load_file(path)
+    assert tensors["camera"].shape == (5, 2)
+    save_file(tensors | {"camera": np.array([0.5, -1], np.float32)}, path)  # as files were
+    for clip in (random_clip(), Clip.load(path), Clip.load(path, start=3, frames=2)):
+        assert clip.camera.dtype == np.float32 and clip.camera.tolist() == [[0.5, -1]] * len(clip.rgb)
+        assert clip.tensors()["camera"].tolist() == [0.5, -1]
+    two = Clip.load(path, start=3, frames=2)  # two frames, two numbers: rows, not columns
+    assert replace(two, camera=np.array([[1, 2], [3, 4]], np.float32)).camera.tolist() == [[1, 2], [3, 4]]
+
+
 # ------------------------------------------------------------------------------------------------ dataset and its order
 
 
@@ -113,6 +175,22 @@ def test_dataset_windows(tmp_path):
     starts = {clips[(1, draw)]["rgb"].sum().item() for draw in range(20)}
     assert len(starts) == 4  # 8 frames have four windows of 5
     assert {clips[(0, draw)]["rgb"].sum().item() for draw in range(5)} == {clips[(0, 0)]["rgb"].sum().item()}
+
+
+def test_dataset_has_the_fps_of_most_of_its_clips(tmp_path):
+    for i, fps in enumerate((4.0, 10.0, 7.5, 10.0)):
+        replace(random_clip(i), fps=fps).save(tmp_path / f"{i}.safetensors")
+    assert ClipDataset(tmp_path).fps == 10
+    path = tmp_path / "0.safetensors"
+    for told in ({}, {"clip": "{}"}):  # a file that does not say
+        save_file(load_file(path), path, told)
+        (tmp_path / "only").mkdir(exist_ok=True)
+        (tmp_path / "only" / "0.safetensors").write_bytes(path.read_bytes())
+        assert ClipDataset(tmp_path / "only").fps == Clip.load(path).fps == 7
+    for told in ("[]", "{", '{"fps": "ten"}', '{"fps": null}'):
+        save_file(load_file(path), path, {"clip": told})
+        with pytest.raises(ValueError, match="0.safetensors: "):
+            ClipDataset(tmp_path)
 
 
 def test_dataset_names_the_clip_that_does_not_fit(tmp_path):

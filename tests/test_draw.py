@@ -376,6 +376,7 @@ def test_shapes_are_those_of_the_product(page, picture, tmp_path):
         "camera": [0.7, -0.25],
         "delta": 0.125,
         "depth": "depth.png",
+        "rest": "still",
     }
     path = tmp_path / "shapes.json"
     path.write_text(json.dumps(shapes))
@@ -389,7 +390,10 @@ def test_shapes_are_those_of_the_product(page, picture, tmp_path):
     assert (theirs != ours).mean() < 0.0005  # the region by colour, almost
     assert torch.equal(flow[:, torch.from_numpy(ours == theirs)], expected[:, torch.from_numpy(ours == theirs)])
     content = json.loads(saved.read_text())
-    assert [content[key] for key in ("camera", "delta", "depth")] == [[0.7, -0.25], 0.125, "depth.png"]
+    settings = [content[key] for key in ("camera", "delta", "depth", "rest")]
+    assert settings == [[0.7, -0.25], 0.125, "depth.png", "still"]
+    listed = page.js("return document.getElementById('list').innerText")
+    assert listed.count("told to stay") == 1 and "px per frame" in listed  # the arrow of no length
 
 
 @needs_browser
@@ -427,6 +431,7 @@ def test_mistakes_are_told_and_change_nothing(page, picture, tmp_path):
         "arrow 1: no pixel of the picture": {"arrows": [{"start": [5, 5], "end": [1, 2], "instance": None}]},
         "camera is": {"arrows": [], "camera": [1]},
         "delta is": {"arrows": [], "delta": 0},
+        "rest is": {"arrows": [], "rest": "moving"},
         "arrow 1: instance 9 is not among the ids": {"arrows": [good | {"instance": 9}]},
     }
     for message, content in entries.items():

@@ -46,6 +46,7 @@ files = st.fixed_dictionaries(
         "delta": st.floats(1e-30, 1e6) | anything,
         "depth": anything,
         "segmentation": anything,
+        "rest": st.just("still") | anything,
         "extra": anything,
     },
 )

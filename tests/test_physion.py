@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_annotate import names_in, noise, stand_in_torchvision
 
-from clips import Clip, physion
+from clips import Clip, ClipDataset, physion
 
 
 def command(*words) -> None:
@@ -190,24 +190,43 @@ def test_a_trial_has_exact_flow(tmp_path, moving, cam0, step):
     assert set(np.unique(clip.segmentation)) == {0, 1, 2} and np.abs(clip.flow).max() > 1
     assert clip.fps == 30 / step
     if moving:
-        assert clip.camera.tolist() == pytest.approx(camera_of(scene, step), abs=1e-5)
+        np.testing.assert_allclose(clip.camera, camera_of(scene, step), atol=1e-5)
     else:
         assert (clip.flow.transpose(1, 0, 2, 3)[:, clip.segmentation == 0] == 0).all() and not clip.camera.any()
 
 
-def camera_of(scene: Spheres, step: int) -> list[float]:
-    """How far the eye goes along the way it looks afterwards, and the angle between both ways, by their dot product."""
+def camera_of(scene: Spheres, step: int = 1, frames: int = 3) -> np.ndarray:
+    """How far the eye goes along the way it looks afterwards, and the angle between both ways, by their dot product;
+    [frames, 2]."""
     moves = []
-    for k in range(3):
+    for k in range(frames):
         (eye, axes), (later, turned_axes) = scene.camera(k * step), scene.camera((k + 1) * step)
         moves.append([(later - eye) @ turned_axes[2], math.acos(min(1, axes[2] @ turned_axes[2])) / 0.1])
-    return np.mean(moves, axis=0).tolist()
+    return np.array(moves)
+
+
+class Stops(Spheres):
+    """Its camera stands still from frame 3 on."""
+
+    def camera(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        return super().camera(min(t, 3))
+
+
+def test_windows_of_a_trial_have_their_own_camera_motion(tmp_path):
+    scene = Stops(16, 21, True)
+    trial(write_trial(tmp_path / "t.hdf5", scene, frames=7), frames=6).save(tmp_path / "t.safetensors")
+    clips, steps = ClipDataset(tmp_path, frames=3), camera_of(scene, frames=6)
+    for start in range(4):
+        expected = steps[start : start + 3].mean(axis=0)
+        np.testing.assert_allclose(clips[(0, start)]["camera"], expected, atol=1e-5)
+    assert steps[:3].min() > 0.19 and not steps[3:].any()
 
 
 def test_the_last_frame_of_a_trial_repeats_its_flow(tmp_path):
-    scene = Spheres(16, 21, False)
+    scene = Spheres(16, 21, True)
     clip = trial(write_trial(tmp_path / "t.hdf5", scene, frames=4))
     assert len(clip.rgb) == 4
+    np.testing.assert_allclose(clip.camera, camera_of(scene)[[0, 1, 2, 2]], atol=1e-5)
     np.testing.assert_array_equal(clip.flow[3], clip.flow[2])
     np.testing.assert_allclose(clip.flow[2], scene.flow(2, 3), atol=2e-3)
 

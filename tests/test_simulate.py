@@ -1,6 +1,5 @@
 """clips/simulate.py against physics and geometry: flow by warping, depth by ray and plane, pushes by re-simulation."""
 
-import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -194,10 +193,24 @@ def test_driving_flow_of_the_background_is_that_of_the_camera():
         expected = project(world, cameras[1], focal, SIZE)[..., :2] - np.stack([x, y], axis=-1)
         still = (clip.segmentation[0] == 0) & (clip.depth[0] < 90)
         np.testing.assert_allclose(clip.flow[0].transpose(1, 2, 0)[still], expected[still], atol=0.02)
-        forward = np.linalg.norm(np.diff(cameras[:, 0], axis=0), axis=1)[:4].mean()
-        assert clip.camera[0] == pytest.approx(forward, abs=1e-3)
-        turn = math.atan2(*cameras[1, 3, :2]) - math.atan2(*cameras[0, 3, :2])  # from y towards x: to the right
-        assert clip.camera[1] * CAMERA_YAW_UNIT == pytest.approx(turn, abs=1e-4)
+        assert clip.camera.shape == (4, 2)
+        np.testing.assert_allclose(clip.camera[:, 0], np.linalg.norm(np.diff(cameras[:, 0], axis=0), axis=1), atol=1e-3)
+        turns = np.diff(np.arctan2(*cameras[:, 3, :2].T))  # from y towards x: to the right
+        np.testing.assert_allclose(clip.camera[:, 1] * CAMERA_YAW_UNIT, turns, atol=1e-4)
+
+
+def test_windows_of_a_drive_have_their_own_camera_motion(tmp_path):
+    """Whoever drives must brake for who is ahead."""
+    change = []
+    for seed in range(6):
+        path = tmp_path / f"{seed}.safetensors"
+        simulate("driving", seed, 12, (16, 8)).save(path)
+        first, last = Clip.load(path, 0, 3), Clip.load(path, 9, 3)
+        way = np.linalg.norm(np.diff(np.array(first.meta["camera"])[:, 0], axis=0), axis=1)  # of the whole clip
+        for window, told in ((first, way[:3]), (last, way[9:])):
+            assert window.tensors()["camera"][0].item() == pytest.approx(told.mean(), abs=1e-4)
+        change.append(abs(way[:3].mean() - way[9:].mean()))
+    assert max(change) > 0.05
 
 
 def test_bad_arguments_are_named():
