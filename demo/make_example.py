@@ -40,9 +40,10 @@ def main() -> None:
     Image.fromarray(clip.rgb[0]).save(HERE / "example.png")
     Image.fromarray(clip.segmentation[0]).save(HERE / "ids.png")
     Image.fromarray((clip.depth[0] * 1000).astype(np.uint16)).save(HERE / "depth.png")
-    files = {"arrows": [arrow(clip)], "arrows_opposite": [arrow(opposite)], "arrows_none": []}
-    for name, arrows in files.items():
-        text = json.dumps({"arrows": arrows, "segmentation": "ids.png", "depth": "depth.png", "delta": 1 / REACH})
+    files = {"arrows": {"arrows": [arrow(clip)]}, "arrows_opposite": {"arrows": [arrow(opposite)]}}
+    files |= {"arrows_still": {"arrows": [], "rest": "still"}, "arrows_none": {"arrows": []}}
+    for name, told in files.items():
+        text = json.dumps(told | {"segmentation": "ids.png", "depth": "depth.png", "delta": 1 / REACH})
         (HERE / f"{name}.json").write_text(text + "\n")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 HERE = Path(__file__).resolve().parent
-ROWS = ("arrows", "arrows_opposite", "arrows_none")
+ROWS = ("arrows", "arrows_opposite", "arrows_still", "arrows_none")
 
 
 def main() -> None:
