@@ -168,7 +168,8 @@ def folders(arguments: argparse.Namespace) -> dict[Path, str | None]:
 
 def plan(arguments: argparse.Namespace, models: Models, given: dict[Path, Inputs]) -> list[Task]:
     """All videos of the command line: for every arrows file, --samples of them."""
-    tasks, can_rest = [], all(getattr(stage.config, "told", False) for stage in models.stages.values())
+    thinking = [stage for stage in models.stages.values() if not stage.config.given]  # Stage II only paints
+    tasks, can_rest = [], all(getattr(stage.config, "told", False) for stage in thinking)
     for folder, inputs in given.items():
         if models.stages and not can_rest and (entry := told_to_stay(inputs.given)):
             raise ValueError(
