@@ -44,7 +44,6 @@ from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video,
 from weights import Source, open_folder, read_stage, save_folder
 
 Maps = dict[str, Tensor]  # by modality: "rgb", "flow", "segmentation", "depth"
-
 WEIGHTS = "diffusion_pytorch_model"
 MOTION_BUCKET = 127.0  # what a stage is told that must not know how much will move
 POINTS = 8  # of the sparse control of Table 3
@@ -112,30 +111,20 @@ class StageConfig:
 
 STAGE1 = StageConfig()
 STAGE2 = StageConfig(
-    predict=("rgb",),
-    given=("flow", "segmentation", "depth"),
-    first_frame=("rgb",),
-    parameterization="v",
-    motion_weight=0.0,
+    predict=("rgb",), given=STAGE1.predict, first_frame=("rgb",), parameterization="v", motion_weight=0.0
 )
 # One-stage* of Table 1: the same inputs, no motion representation between.
 ONE_STAGE = StageConfig(predict=("rgb",), parameterization="v")
 
-
-def _without(modality: str) -> tuple[StageConfig, StageConfig]:
-    kept = tuple(name for name in STAGE1.predict if name != modality)
-    return replace(STAGE1, predict=kept), replace(STAGE2, given=kept)
-
-
 # The rows of Table 3, each a pair of stages.
-ABLATIONS: dict[str, tuple[StageConfig, StageConfig]] = {
+ABLATIONS = {
     "motion_dreamer": (STAGE1, STAGE2),
-    "without_segmentation": _without("segmentation"),
-    "without_depth": _without("depth"),
-    "without_flow": _without("flow"),
     "without_motion_loss": (replace(STAGE1, motion_weight=0.0), STAGE2),
     "sparse_flow": (replace(STAGE1, control="sparse_flow"), replace(STAGE2, control="sparse_flow")),
 }
+for _modality in STAGE1.predict:
+    _kept = tuple(name for name in STAGE1.predict if name != _modality)
+    ABLATIONS[f"without_{_modality}"] = (replace(STAGE1, predict=_kept), replace(STAGE2, given=_kept))
 
 # ---------------------------------------------------------------------------------------------- what a stage is told
 
@@ -378,17 +367,24 @@ class MotionDreamer(nn.Module):
     def from_svd(cls, source: Source, stage_config: StageConfig, device: str = "cpu") -> MotionDreamer:
         """A new stage from SVD's UNet (`source`: folder or hub id). What SVD does not have starts at zero.
 
+        conv_in, SVD's noisy and first-frame slices: the noisy one is copied to each of n predicted modalities and
+        divided by sqrt(n), so that their noise adds up to the size that SVD knows; the other to the first RGB frame.
         conv_out is copied to every predicted modality, and negated where x_0 is predicted: SVD's v is about -x_0 at
         most noise levels. Eq. 5's loss of a perfect SVD is then 0.50; with the sign as it is 3.51, with zeros 1.00.
         """
         svd = UNet.from_pretrained(source, subfolder="unet", dtype=torch.float32, device=device)
         with torch.device(device):
             model = cls(stage_config, svd.config)
-        weights = svd.state_dict()
-        weights["conv_in.weight"] = inflate_conv_in(weights["conv_in.weight"], stage_config)
+        weights, n, c = svd.state_dict(), len(stage_config.predict), stage_config.latent_channels
+        old, new = weights["conv_in.weight"], torch.zeros_like(model.unet.conv_in.weight)
+        if old.shape[1] != 2 * c:
+            raise ValueError(f"{source}: conv_in takes {old.shape[1]} channels, expected SVD's {2 * c}")
+        rgb = c * (n + stage_config.first_frame.index("rgb"))
+        new[:, : c * n], new[:, rgb : rgb + c] = old[:, :c].repeat(1, n, 1, 1) / math.sqrt(n), old[:, c:]
+        weights["conv_in.weight"] = new
         sign = -1 if stage_config.parameterization == "x0" else 1
         for name in ("conv_out.weight", "conv_out.bias"):
-            weights[name] = torch.cat([sign * weights[name]] * len(stage_config.predict))
+            weights[name] = torch.cat([sign * weights[name]] * n)
         model.unet.load_state_dict(weights, assign=True)
         return model
 
@@ -403,23 +399,6 @@ class MotionDreamer(nn.Module):
         """config.json (StageConfig and UNetConfig) and the weights, each written whole or not at all."""
         config = {"stage": asdict(self.config), "unet": self.unet.config.to_dict()}
         save_folder(folder, WEIGHTS, self.state_dict(), config)
-
-
-def inflate_conv_in(weight: Tensor, config: StageConfig) -> Tensor:
-    """SVD's conv_in [C_out, 8, 3, 3] (noisy, first frame) -> [C_out, in_channels, 3, 3] (predict, first_frame, given).
-
-    The noisy slice is copied to each of n predicted modalities and divided by sqrt(n), so that their noise adds up to
-    the size that SVD knows; the first-frame slice is copied to the first RGB frame; everything else is zero. With
-    predict = (rgb,) the layer computes what SVD's did.
-    """
-    c, new = config.latent_channels, weight.new_zeros(weight.shape[0], config.in_channels, *weight.shape[2:])
-    if weight.shape[1] != 2 * c:
-        raise ValueError(f"conv_in takes {weight.shape[1]} channels, expected SVD's {2 * c}")
-    n = len(config.predict)
-    new[:, : c * n] = weight[:, :c].repeat(1, n, 1, 1) / math.sqrt(n)
-    start = c * (n + config.first_frame.index("rgb"))
-    new[:, start : start + c] = weight[:, c:]
-    return new
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from inputs.find import Finder, grow_region
-from instance_flow import IDS, checked_ids
+from instance_flow import IDS, checked_ids, paint_arrows
 
 LARGEST_NUMBER = 1e6  # of a coordinate: whatever is beyond is a mistake
 
@@ -369,11 +369,8 @@ def arrows_to_flow(arrows: Arrows, segmentation: Tensor, frames: int, delta: flo
             raise ValueError(f"frames is {frames}, expected 2 or more")
         delta = 1 / (frames - 1)
     ids, objects = _told_objects(arrows, segmentation)
-    F = torch.zeros(2, *ids.shape, device=ids.device)
-    for arrow, instance in zip(arrows.arrows, objects, strict=True):
-        v = torch.tensor(arrow.end, device=F.device) - torch.tensor(arrow.start, device=F.device)
-        F[:, ids == instance] = (v * delta)[:, None]
-    return F
+    vectors = torch.tensor([(a.end[0] - a.start[0], a.end[1] - a.start[1]) for a in arrows.arrows]).view(-1, 2)
+    return paint_arrows(vectors, torch.tensor(objects, dtype=torch.long), ids, delta)
 
 
 def told_mask(arrows: Arrows, segmentation: Tensor) -> Tensor:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow
+from instance_flow import (
+    instance_flow,
+    marked_objects,
+    motion_mask,
+    paint_arrows,
+    random_mask,
+    sparse_flow,
+    sparse_points,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +164,17 @@ def test_sparse_flow_counts_and_values():
         sparse_flow(flow, ids, -1)
 
 
+def test_sparse_points_keep_the_vectors_of_a_painted_flow():
+    """What `dream` makes of a user's F for a stage with sparse control."""
+    flow, ids = random_clip(12)
+    F = instance_flow(flow, ids)
+    few = sparse_points(F, 3, gen())
+    kept = (few != 0).any(dim=1, keepdim=True)
+    assert kept.flatten(1).sum(dim=1).tolist() == [3, 3]
+    assert torch.equal(few, F * kept) and torch.equal(sparse_points(F[0], 3, gen()), few[0])
+    assert torch.equal(sparse_points(F, 10**4, gen()), F)
+
+
 def test_sparse_flow_picks_moving_pixels_with_equal_chance():
     ids = torch.ones(2, 3, dtype=torch.long)
     flow = torch.ones(400, 1, 2, 2, 3)
@@ -215,41 +234,70 @@ def test_masks_follow_the_generator_not_the_content():
         assert torch.equal(first, random_mask(F, 0.5, unit, ids, gen(3))[1])
         assert any(not torch.equal(first, random_mask(F, 0.5, unit, ids, gen(s))[1]) for s in (4, 5, 6))
         other = torch.stack([F[0] * 0, F[1]]), torch.stack([ids[0] * 0, ids[1]])
-        for keep_one in (False, True):
-            now = random_mask(F, 0.9, unit, ids, gen(3), keep_one)[1]
-            assert torch.equal(random_mask(other[0], 0.9, unit, other[1], gen(3), keep_one)[1][1], now[1])
+        now = random_mask(F, 0.9, unit, ids, gen(3))[1]
+        assert torch.equal(random_mask(other[0], 0.9, unit, other[1], gen(3))[1][1], now[1])
         assert random_mask(F.half(), 0.5, unit, ids)[0].dtype == torch.half
 
 
-def test_keep_one_keeps_a_random_mover():
-    """Objects 1 and 2 move, 3 stands still; all are to be hidden."""
-    ids = torch.tensor([[0, 1, 1], [2, 3, 3]]).expand(600, 2, 3)
-    F = torch.zeros(600, 2, 2, 3)
+def test_all_movers_may_be_hidden_at_once():
+    """F = 0, nothing is told, occurs with probability p^2 where two objects move; with p = 1 always."""
+    ids = torch.tensor([[0, 1, 1], [2, 3, 3]]).expand(4000, 2, 3)
+    F = torch.zeros(4000, 2, 2, 3)
     F[:, 0][ids == 1], F[:, 1][ids == 2] = 1, -1
-    masked, mask = random_mask(F, 1.0, "instance", ids, gen(), keep_one=True)
-    first, second = mask[:, 0, 0, 1], mask[:, 0, 1, 0]
-    assert (first + second == 1).all()
-    assert abs(first.mean() - 0.5) < 0.09
-    assert (mask[:, 0, 1, 1] == 0).all() and (mask[:, 0, 0, 0] == 0).all()
-    assert (masked != 0).flatten(1).any(1).all()
+    masked, _ = random_mask(F, 0.5, "instance", ids, gen())
+    nothing = masked.flatten(1).eq(0).all(1).float().mean().item()
+    assert nothing == pytest.approx(0.25, abs=0.03)
     assert random_mask(F, 1.0, "instance", ids, gen())[0].eq(0).all()
-    F[..., 0, 0] = 5  # a background that moves is no object
-    assert torch.equal(random_mask(F, 1.0, "instance", ids, gen(), keep_one=True)[1], mask)
-    assert random_mask(F * 0, 1.0, "instance", ids, gen(), keep_one=True)[1].eq(0).all()  # nobody moves
 
 
-def test_keep_one_changes_nothing_else():
-    flow, ids = random_clip(11, batch=200, frames=1)
-    F = instance_flow(flow, ids)
-    plain, mask = random_mask(F, 0.6, "instance", ids[:, 0], gen(), keep_one=False)
-    kept, mask_one = random_mask(F, 0.6, "instance", ids[:, 0], gen(), keep_one=True)
-    some = plain.flatten(1).any(1)
-    assert 0 < (~some).sum() < 200
-    assert torch.equal(mask[some], mask_one[some])
-    for b in (~some).nonzero()[:, 0]:
-        assert len({*ids[b, 0][kept[b].any(0)].tolist()}) == 1
-    single = random_mask(F[3], 1.0, "instance", ids[3, 0], gen(), keep_one=True)[0]
-    assert len({*ids[3, 0][single.any(0)].tolist()}) == 1
+def test_first_mask_is_the_loop_over_the_first_frame_s_mask():
+    """S_0 of Eq. 1 in every frame: what has left the mask counts as what the mask shows then."""
+    flow, ids = random_clip(21, batch=2, frames=3)
+    F = instance_flow(flow, ids, reduce="first_mask")
+    for b in range(2):
+        for i in ids[b, 0].unique().tolist():
+            M = ids[b, 0] == i
+            expected = flow[b][:, :, M].mean(dim=(0, 2)) if i else torch.zeros(2)
+            torch.testing.assert_close(F[b][:, M], expected[:, None].expand(-1, int(M.sum())))
+    assert torch.equal(F, instance_flow(flow, ids[:, 0], reduce="first_mask"))
+    assert torch.equal(F, instance_flow(flow, ids[:, 0]))  # one frame's ids: there is nothing to follow
+    assert not torch.allclose(F, instance_flow(flow, ids), atol=1e-3)
+
+
+def test_marked_are_the_fastest_and_a_random_number_of_others():
+    """Objects 2, 5, 7, 9 of which 7 moves at once; 3 only appears later."""
+    ids = torch.tensor([[0, 2, 5], [7, 9, 9]]).repeat(3, 1, 1)
+    ids[1:, 0, 0] = 3
+    flow = torch.zeros(3, 2, 2, 3)
+    flow[0, 1, 1, 0], flow[1:, 0, 0, 1] = -3.0, 9.0  # 2 is faster, but later
+    found = [marked_objects(flow, ids, gen(seed)).nonzero().flatten().tolist() for seed in range(800)]
+    assert all(7 in marked and set(marked) <= {2, 5, 7, 9} for marked in found)
+    for count in (1, 2, 3, 4):  # as often each
+        assert np.mean([len(marked) == count for marked in found]) == pytest.approx(0.25, abs=0.06)
+    for other in (2, 5, 9):
+        assert np.mean([other in marked for marked in found]) == pytest.approx(0.5, abs=0.07)
+    assert torch.equal(marked_objects(flow, ids, gen(5)), marked_objects(flow, ids, gen(5)))
+    assert not marked_objects(flow, ids * 0, gen()).any()  # no object, none marked
+    assert marked_objects(flow * 0, ids, gen()).any()
+
+
+def test_paint_arrows_is_eq_4():
+    ids = torch.tensor([[0, 1, 1, 4], [2, 2, 0, 4]])
+    vectors = torch.tensor([[6.0, -3.0], [0.0, 9.0]])
+    F = paint_arrows(vectors, torch.tensor([4, 1]), ids, delta=1 / 3)
+    expected = torch.zeros(2, 2, 4)
+    for v, i in zip(vectors.tolist(), (4, 1), strict=True):
+        for y in range(2):
+            for x in range(4):
+                for c in range(2):
+                    expected[c, y, x] += (ids[y, x] == i) * v[c] / 3
+    torch.testing.assert_close(F, expected)
+    assert (paint_arrows(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), ids, 1.0) == 0).all()  # nothing is told
+    for wrong in ([3, 1], [0, 1]):
+        with pytest.raises(ValueError, match=f"no object {wrong[0]}"):
+            paint_arrows(vectors, torch.tensor(wrong), ids, 1.0)
+    with pytest.raises(ValueError, match="each object once"):
+        paint_arrows(vectors, torch.tensor([1, 1]), ids, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """motion_dreamer.py: every equation against an independent statement of it, and the conventions between its parts."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,8 +10,20 @@ import torch.nn.functional as nnf
 from torch import nn
 
 import motion_dreamer as md
+from clips import Motion, draft_video
 from instance_flow import instance_flow
-from motion_dreamer import ABLATIONS, ONE_STAGE, STAGE1, STAGE2, Batch, Condition, Motion, MotionDreamer, precondition
+from motion_dreamer import (
+    ABLATIONS,
+    ONE_STAGE,
+    STAGE1,
+    STAGE2,
+    Batch,
+    Condition,
+    MotionDreamer,
+    SmallStageConfig,
+    StageConfig,
+    precondition,
+)
 from splat import softsplat
 from svd import UNet, karras_sigmas
 from tests.tiny import UNET_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
@@ -19,14 +32,17 @@ SMALL = {"vae_factor": 2, "frames": 4, "width": 24, "height": 16, "sigma_max": 8
 SIGMAS = torch.tensor([0.002, 0.05, 0.7, 1.0, 3.3, 80.0, 700.0])
 
 
+def small(config: StageConfig, **extras) -> SmallStageConfig:
+    return SmallStageConfig(**(vars(config) | extras))
+
+
 def random_condition(config: md.StageConfig, batch: int = 2, frames: int = 3, h: int = 5, w: int = 7) -> Condition:
     c, f = config.latent_channels, config.vae_factor
     return Condition(
-        first_pictures=torch.randn(batch, 9, h * f, w * f),
-        first_latents=torch.randn(batch, c * len(config.first_frame), h, w),
+        first_pictures=torch.randn(batch, config.picture_channels, h * f, w * f),
+        first_latents=torch.randn(batch, 1, c * len(config.first_frame), h, w),
         known=torch.full((batch, c * len(config.predict), h, w), math.nan),
         given=torch.randn(batch, frames, c * len(config.given), h, w),
-        draft=torch.randn(batch, frames, c * config.draft, h, w),
         token=torch.randn(batch, 1, UNET_CONFIG.cross_attention_dim),
         added_ids=torch.tensor([[6.0, 127, 0.02]]).repeat(batch, 1),
         F=torch.randn(batch, 2, h * f, w * f) * 3,
@@ -51,6 +67,9 @@ def test_stage_configs_of_the_paper():
         assert two.given == one.predict, row
     assert ABLATIONS["without_depth"][0].predict == ("flow", "segmentation")
     assert ABLATIONS["without_motion_loss"][0].motion_weight == 0 < STAGE1.motion_weight
+    assert {type(stage) for pair in ABLATIONS.values() for stage in pair} == {StageConfig}  # none has an extra
+    off = {name: value for name, value in vars(SmallStageConfig()).items() if name not in vars(STAGE1)}
+    assert off == {"show_flow": False, "told": False, "draft": False, "mask_start": 0.0, "still_ratio": 0.0}
     with pytest.raises(ValueError, match="parameterization is 'eps'"):
         replace(STAGE1, parameterization="eps")
 
@@ -59,22 +78,27 @@ def test_stage_configs_of_the_paper():
 
 
 @pytest.mark.parametrize(("h", "w", "s"), [(16, 24, 8), (20, 12, 4), (6, 10, 2)])
-def test_resize_flow_is_the_area_average_in_cells_per_frame(h, w, s):
-    F = torch.randn(2, 2, h, w)
+def test_resize_flow_is_the_mean_over_covered_pixels_in_cells_per_frame(h, w, s):
+    generator = torch.Generator().manual_seed(0)
+    F = torch.randn(2, 2, h, w, generator=generator) * (torch.rand(2, 1, h, w, generator=generator) < 0.3)
+    F[0, :, :s, :s] = 0  # a cell that nothing covers
     expected = torch.zeros(2, 2, h // s, w // s)
-    for y in range(h // s):
-        for x in range(w // s):
-            expected[:, :, y, x] = F[:, :, y * s : y * s + s, x * s : x * s + s].mean((2, 3)) / s
+    for b in range(2):
+        for y in range(h // s):
+            for x in range(w // s):
+                cell = F[b, :, y * s : y * s + s, x * s : x * s + s].flatten(1)
+                covered = cell[:, (cell != 0).any(dim=0)]
+                expected[b, :, y, x] = covered.mean(dim=1) / s if covered.numel() else 0
     torch.testing.assert_close(md.resize_flow(F, s, (h // s, w // s)), expected)
 
 
-def test_resize_of_a_sparse_flow_keeps_the_length_of_lone_vectors():
-    F = torch.zeros(1, 2, 8, 8)
-    F[0, :, 1, 2], F[0, :, 5, 5], F[0, :, 6, 7] = (torch.tensor(v) for v in ([4.0, -8.0], [2.0, 2.0], [6.0, 0.0]))
-    small = md.resize_flow(F, 4, (2, 2), sparse=True)
-    torch.testing.assert_close(small[0, :, 0, 0], torch.tensor([1.0, -2.0]))
-    torch.testing.assert_close(small[0, :, 1, 1], torch.tensor([1.0, 0.25]))  # the mean of two
-    assert (small[0, :, 0, 1] == 0).all()
+def test_a_thin_object_keeps_its_speed_at_every_scale():
+    F = torch.zeros(1, 2, 320, 512)
+    F[:, 0, 100:200, 203:233], F[0, 1, 7, 9] = 12.0, -4.0  # 30 x 100 pixels, and a lone vector
+    for s in (8, 16, 32, 64):
+        small_flow = md.resize_flow(F, s, (320 // s, 512 // s))
+        assert small_flow[:, 0].max().item() * s == pytest.approx(12.0, rel=1e-5)
+        assert small_flow[0, 1].min().item() * s == pytest.approx(-4.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("splat_time", ["linear", "constant"])
@@ -98,49 +122,35 @@ def test_flow_control_warps_the_features_of_every_scale(splat_time):
         torch.testing.assert_close(warped[0][:, 0], control.features[0](nnf.silu(control.stem(pictures))))
 
 
-def test_flow_control_can_see_the_flow_that_it_warps_by():
-    """A constant flow moves nothing that a flat picture shows: without `show_flow`, only the edges tell its size."""
-    pictures, F = torch.ones(1, 9, 32, 32), torch.zeros(1, 2, 32, 32)
-    for show, differs in ((False, False), (True, True)):
-        control = randomize(md.FlowControl([8, 8], replace(STAGE1, vae_factor=2, show_flow=show)))
-        frames = [control(pictures, F + v, 2)[0][0, 0, :, 8, 8] for v in (0.0, 1.0)]  # frame 0 is not moved
-        assert ((frames[0] - frames[1]).abs().max() > 1e-3) == differs
+def told_of(config, models, F, mask=None):
+    """What a stage is told by F alone: a flat picture, no objects."""
+    image, nothing = torch.zeros(1, 3, 16, 24), (None, None)
+    seen = {}
+    stage = tiny_stage(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(md, "sample", lambda stage, cond, **_: seen.update(cond=cond) or cond.known[:, None])
+        patch.setattr(md, "decode_motion", lambda *_: Motion(None, None, None))
+        md.dream(stage, None, *models, image, *nothing, F, frames=3, mask=mask)
+    return stage, seen["cond"]
 
 
-@pytest.mark.parametrize("config", [STAGE1, STAGE2], ids=["x0", "v"])
-def test_patches_of_latents_are_cells_of_the_unet(config):
-    config = replace(config, **SMALL, patch=2)
-    assert (config.cell, config.out_channels) == (4, 4 * 4 * len(config.predict))
-    model, cond = tiny_stage(config), random_condition(config, h=6, w=10)
-    x, sigma, seen = torch.randn(2, 3, 4 * len(config.predict), 6, 10), torch.tensor([0.3, 9.0]), {}
-    c_skip, c_out, c_in, *_ = (c.view(-1, 1, 1, 1, 1) for c in precondition(sigma, config.parameterization))
-
-    def unet(cells, *args, **kwargs):
-        seen["cells"], seen["out"] = cells, torch.randn(2, 3, config.out_channels, 3, 5)
-        return seen["out"]
-
-    control = model.control(cond, 3)
-    assert [tuple(W.shape[-2:]) for W in control[0]] == [(3, 5), (2, 3)]
-    model.unet.forward = unet
-    made = model.denoise(x, sigma, cond, control)
-    first = cond.first_latents[:, None].expand(-1, 3, -1, -1, -1)
-    stacked = torch.cat([c_in * x, first, cond.given], dim=2)
-    assert seen["cells"].shape == (2, 3, config.in_channels, 3, 5)
-    for dy in range(2):
-        for dx in range(2):
-            offset = 2 * dy + dx  # of the four latents of a cell, which follow each other channel by channel
-            assert torch.equal(seen["cells"][:, :, offset::4], stacked[..., dy::2, dx::2])
-            expected = c_skip * x[..., dy::2, dx::2] + c_out * seen["out"][:, :, offset::4]
-            torch.testing.assert_close(made[..., dy::2, dx::2], expected)
-    with pytest.raises(ValueError, match="patch is 2"):
-        md.inflate_conv_in(torch.zeros(8, 8, 3, 3), config)
+def test_only_a_stage_with_show_flow_sees_the_flow_that_it_warps_by(models):
+    """A constant flow moves nothing that a flat picture shows, and frame 0 is not warped at all."""
+    for show in (False, True):
+        config, frames = small(replace(STAGE1, **SMALL), show_flow=show), []
+        for v in (0.0, 1.0):
+            stage, cond = told_of(config, models, torch.full((1, 2, 16, 24), v))
+            frames.append(stage.control(cond, 3)[0][0][0, 0, :, 4, 6])
+        assert ((frames[0] - frames[1]).abs().max() > 1e-3) == show
 
 
-def test_sampling_and_loss_with_patches():
-    config = replace(STAGE1, **SMALL, patch=2)
-    model, cond = tiny_stage(config), random_condition(config, h=6, w=10)
-    assert md.sample(model, cond, frames=3, steps=2).shape == (2, 3, 12, 6, 10)
-    assert model.loss(Batch(torch.randn(2, 3, 12, 6, 10), cond))["flow"].shape == (2,)
+def test_only_a_stage_with_told_can_tell_stay_from_nothing(models):
+    F, everywhere = torch.zeros(1, 2, 16, 24), torch.ones(1, 1, 16, 24)
+    for told in (False, True):
+        config = small(replace(STAGE1, **SMALL), told=told)
+        (stage, nothing), (_, stay) = told_of(config, models, F), told_of(config, models, F, everywhere)
+        difference = (stage.control(nothing, 3)[0][0] - stage.control(stay, 3)[0][0]).abs().max()
+        assert (difference > 1e-3) == told
 
 
 def test_control_reaches_the_output_only_through_instance_flow():
@@ -227,9 +237,9 @@ def test_oracle_through_denoise_loss_and_sampler(config):
         x = x0 + sigma * torch.randn_like(x0)
         torch.testing.assert_close(model.denoise(x, sigma.expand(2), cond), x0, rtol=1e-3, atol=1e-3)
     generator = torch.Generator().manual_seed(0)
-    assert model.loss(Batch(x0, cond), generator)["recon"].max() < 1e-4
+    assert model.loss(Batch(x0, cond, torch.zeros(2, 1, 10, 14)), generator)["recon"].max() < 1e-4
     model.unet.offset = 0.5  # the loss is the mean squared error of the network's own target
-    losses = model.loss(Batch(x0, cond), torch.Generator().manual_seed(0))
+    losses = model.loss(Batch(x0, cond, torch.zeros(2, 1, 10, 14)), torch.Generator().manual_seed(0))
     torch.testing.assert_close(losses["recon"], torch.full((2,), 0.25), rtol=1e-2, atol=1e-2)
     model.unet.offset = 0.0
     for steps in (1, 4):
@@ -237,48 +247,33 @@ def test_oracle_through_denoise_loss_and_sampler(config):
         torch.testing.assert_close(sampled, x0, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("config", [STAGE1, STAGE2], ids=["x0", "v"])
-def test_predicting_the_change_is_denoising_without_what_frame_0_shows(config):
-    config = replace(config, **SMALL)
-    plain, change = tiny_stage(config), tiny_stage(replace(config, predict_change=True))
-    cond = random_condition(config)
-    cond.known[:, -4:] = torch.randn(2, 4, 5, 7)  # of the other modalities, frame 0 is not known
-    start = torch.cat([torch.zeros(2, config.out_channels - 4, 5, 7), cond.known[:, -4:]], dim=1)[:, None]
-    x, sigma = torch.randn(2, 3, config.out_channels, 5, 7), torch.tensor([0.3, 20.0])
-    expected = start + plain.denoise(x - start, sigma, cond)
-    torch.testing.assert_close(change.denoise(x, sigma, cond), expected)
-    assert not torch.allclose(plain.denoise(x, sigma, cond), expected, atol=1e-2)
-    free = cond.without_image()  # guidance: the unconditional half does not know frame 0
-    torch.testing.assert_close(change.denoise(x, sigma, free), plain.denoise(x, sigma, free))
-
-
 def test_a_draft_is_seen_instead_of_the_first_frame_and_corrected():
     config = replace(STAGE2, **SMALL)
-    plain, corrects = tiny_stage(config), tiny_stage(replace(config, draft=True))
-    cond = random_condition(replace(config, draft=True))
+    plain, corrects = tiny_stage(config), tiny_stage(small(config, draft=True))
+    cond = random_condition(config)
     x, sigma = torch.randn(2, 3, 4, 5, 7), torch.tensor([0.3, 20.0])
-    cond.draft = cond.draft[:, :1].expand(-1, 3, -1, -1, -1)  # in every frame alike: plain can be told it as I_0
-    as_first = replace(cond, first_latents=cond.draft[:, 0])
-    expected = cond.draft + plain.denoise(x - cond.draft, sigma, as_first)
+    draft = cond.first_latents  # in every frame alike: plain sees it as I_0
+    expected = draft + plain.denoise(x - draft, sigma, cond)
     torch.testing.assert_close(corrects.denoise(x, sigma, cond), expected)
-    assert not torch.allclose(corrects.denoise(x, sigma, cond), plain.denoise(x, sigma, as_first), atol=1e-2)
-    moving = replace(cond, draft=torch.cat([cond.draft[:, :2], cond.draft[:, :1] + 1], dim=1))
-    assert not torch.allclose(corrects.denoise(x, sigma, moving)[:, 2], expected[:, 2] + 1, atol=1e-2)
-    free = plain.denoise(x, sigma, replace(cond.without_image(), draft=cond.draft[:, :, :0]))
-    torch.testing.assert_close(corrects.denoise(x, sigma, cond.without_image()), free)
+    assert not torch.allclose(corrects.denoise(x, sigma, cond), plain.denoise(x, sigma, cond), atol=1e-2)
+    frames = torch.cat([draft, draft, draft + 1], dim=1)
+    moved = corrects.denoise(x, sigma, replace(cond, first_latents=frames))
+    assert not torch.allclose(moved[:, 2], expected[:, 2] + 1, atol=1e-2)
+    free = cond.without_image()
+    torch.testing.assert_close(corrects.denoise(x, sigma, free), plain.denoise(x, sigma, free))
 
 
 @pytest.mark.parametrize("wrong", [STAGE1, ONE_STAGE, ABLATIONS["without_segmentation"][1]])
 def test_only_a_stage_that_is_given_the_segmentation_has_a_draft(wrong):
     with pytest.raises(ValueError, match="draft is True"):
-        replace(wrong, draft=True)
+        small(wrong, draft=True)
 
 
 def test_draft_video_against_a_loop():
     image, ids = torch.rand(2, 3, 5, 7), torch.randint(0, 4, (2, 3, 5, 7))
     ids[0, 0][ids[0, 0] == 2] = 1  # the first frame does not show object 2 of clip 0
     ids[0, 1, 2, 3] = 2
-    made = md.draft_video(image, ids)
+    made = draft_video(image, ids)
     for b in range(2):
         for t in range(3):
             for y in range(5):
@@ -294,13 +289,14 @@ def test_draft_video_against_a_loop():
 def test_motion_loss_is_the_error_where_the_masked_flow_moves():
     config = replace(STAGE1, **SMALL, motion_weight=3.0, motion_threshold=0.5)
     cond, x0 = random_condition(config), torch.randn(2, 3, 12, 5, 7)
-    cond.F = torch.zeros(2, 2, 10, 14)
-    cond.F[0, 0, 3, 9] = 0.6  # one pixel of latent cell (1, 4): max-pooling keeps it
-    cond.F[1, 1, 0, 0] = 0.4  # below tau
+    F = torch.zeros(2, 2, 10, 14)
+    F[0, 0, 3, 9] = 0.6  # one pixel of latent cell (1, 4): max-pooling keeps it
+    F[1, 1, 0, 0] = 0.4  # below tau
+    M = (F.square().sum(dim=1, keepdim=True) > 0.5**2).float()
     model = oracle_stage(config, x0)
     error = torch.randn(2, 3, 12, 5, 7)
     model.unet.offset = error
-    losses = model.loss(Batch(x0, cond), torch.Generator().manual_seed(0))
+    losses = model.loss(Batch(x0, cond, M), torch.Generator().manual_seed(0))
     expected = (error[0, :, :, 1, 4] ** 2).sum() / error[0].numel()
     torch.testing.assert_close(losses["motion"], torch.stack([expected, torch.tensor(0.0)]))
     torch.testing.assert_close(losses["recon"], (error**2).mean((1, 2, 3, 4)))
@@ -340,25 +336,67 @@ def test_new_stage_two_is_plain_svd(svd_folder):
     svd = UNet.from_pretrained(svd_folder, "unet").eval()
     cond, x, sigma = random_condition(config), torch.randn(2, 3, 4, 5, 7), torch.tensor([0.3, 9.0])
     c_skip, c_out, c_in, c_noise, _ = (c.view(-1, 1, 1, 1, 1) for c in precondition(sigma, "v"))
-    stacked = torch.cat([c_in * x, cond.first_latents[:, None].expand(-1, 3, -1, -1, -1)], dim=2)
+    stacked = torch.cat([c_in * x, cond.first_latents.expand(-1, 3, -1, -1, -1)], dim=2)
     with torch.no_grad():
         expected = c_skip * x + c_out * svd(stacked, c_noise.flatten(), cond.token, cond.added_ids)
         assert torch.equal(model.denoise(x, sigma, cond), expected)
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_new_stage_one_copies_slices(svd_folder):
+def test_new_stage_one_copies_slices(svd_folder, tmp_path):
     config = replace(STAGE1, **SMALL)
     model, svd = MotionDreamer.from_svd(svd_folder, config), UNet.from_pretrained(svd_folder, "unet")
     weight, original = model.unet.conv_in.weight, svd.conv_in.weight
-    torch.testing.assert_close(weight[:, 0:4] + weight[:, 4:8] + weight[:, 8:12], original[:, :4])
-    assert torch.equal(weight[:, 12:16], original[:, 4:]) and (weight[:, 16:] == 0).all()
     assert weight.shape[1] == 24
     for i in range(3):
-        assert torch.equal(model.unet.conv_out.weight[4 * i : 4 * i + 4], svd.conv_out.weight)
-        assert torch.equal(model.unet.conv_out.bias[4 * i : 4 * i + 4], svd.conv_out.bias)
+        torch.testing.assert_close(weight[:, 4 * i : 4 * i + 4], original[:, :4] / math.sqrt(3))
+    assert torch.equal(weight[:, 12:16], original[:, 4:]) and (weight[:, 16:] == 0).all()
+    for i in range(3):
+        assert torch.equal(model.unet.conv_out.weight[4 * i : 4 * i + 4], -svd.conv_out.weight)
+        assert torch.equal(model.unet.conv_out.bias[4 * i : 4 * i + 4], -svd.conv_out.bias)
+    UNet(replace(UNET_CONFIG, in_channels=9)).save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="conv_in takes 9 channels"):
-        md.inflate_conv_in(torch.zeros(8, 9, 3, 3), config)
+        MotionDreamer.from_svd(tmp_path, config)
+
+
+def test_noise_on_every_modality_has_the_size_that_svd_knows(svd_folder):
+    """Independent noise of n modalities adds up to the size of one through SVD's own conv_in."""
+    model, svd = MotionDreamer.from_svd(svd_folder, replace(STAGE1, **SMALL)), UNet.from_pretrained(svd_folder, "unet")
+    noise = torch.randn(64, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = nnf.conv2d(noise, model.unet.conv_in.weight[:, :12], padding=1).std()
+    theirs = nnf.conv2d(noise[:, :4], svd.conv_in.weight[:, :4], padding=1).std()
+    assert ours.item() == pytest.approx(theirs.item(), rel=0.05)
+
+
+class PerfectSVD(nn.Module):
+    """Knows v of the noisy latents that it sees, and says it times `factor`."""
+
+    def __init__(self, x0: torch.Tensor, factor: float) -> None:
+        super().__init__()
+        self.x0, self.factor = x0, factor
+
+    def forward(self, stacked, c_noise, *_, **__):
+        sigma = (4 * c_noise).exp().view(-1, 1, 1, 1, 1)
+        alpha, beta = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        noise = (stacked[:, :, : self.x0.shape[2]] - alpha * self.x0) / beta
+        return self.factor * (alpha * noise - beta * self.x0)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(-1, 0.50), (1, 3.51), (0, 1.00)])
+def test_loss_of_eq_5_at_the_start_with_a_perfect_svd(factor, expected):
+    """Closed form: E[(1 -+ beta)^2 + alpha^2] over the noise levels of training; `from_svd` takes the factor of -1."""
+    config = replace(STAGE1, **SMALL)
+    x0 = torch.randn(512, 1, 12, 5, 7, generator=torch.Generator().manual_seed(1))
+    cond = random_condition(config, batch=512, frames=1)
+    model = MotionDreamer(config, UNET_CONFIG)
+    model.unet, model.control = PerfectSVD(x0, factor), lambda *_: (None, None, None)
+    found = model.loss(Batch(x0, cond, torch.zeros(512, 1, 10, 14)), torch.Generator().manual_seed(0))["recon"].mean()
+    z = torch.linspace(-6, 6, 20001, dtype=torch.float64)
+    sigma, density = (config.sigma_mean + config.sigma_std * z).exp(), torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    alpha, beta = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+    exact = torch.trapezoid(((1 + factor * beta) ** 2 + (factor * alpha) ** 2) * density, z).item()
+    assert exact == pytest.approx(expected, abs=0.01)
+    assert found.item() == pytest.approx(exact, rel=0.06)
 
 
 def test_save_and_load(tmp_path):
@@ -378,7 +416,29 @@ def test_save_and_load(tmp_path):
         MotionDreamer.from_pretrained(tmp_path, "stage1")
 
 
-# ----------------------------------------------------------------------------------------------- batches and conditions
+def test_weights_of_the_former_layout_load(tmp_path):
+    """A flat config with fields that are gone and latents taken two by two, as of demo/ at commit 05d9df5."""
+    now = small(replace(STAGE1, **SMALL, latent_channels=16, fps=10.0), show_flow=True, mask_start=1.0)
+    now = replace(now, vae_factor=4)
+    model = tiny_stage(now)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["stage"] |= {"patch": 2, "latent_channels": 4, "vae_factor": 2, "fps": 7.0}
+    config["stage"] |= {"mask_keep_one": True, "predict_change": False, "keep_first_frame": True}
+    del config["stage"]["told"]
+    path.write_text(json.dumps(config))
+    loaded = MotionDreamer.from_pretrained(tmp_path)
+    assert loaded.config == now and isinstance(loaded, md.SmallMotionDreamer)
+    for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b)
+    config["stage"]["predict_change"] = True
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json: predict_change is true"):
+        MotionDreamer.from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- conditions
 
 
 @pytest.fixture(scope="module")
@@ -386,126 +446,18 @@ def models():
     return tiny_vae(), tiny_tower()
 
 
-def stacked_clips(*seeds: int) -> dict[str, torch.Tensor]:
-    return torch.utils.data.default_collate([moving_squares(seed).tensors() for seed in seeds])
-
-
-def test_encode_clips(models):
-    vae, tower = models
-    clips = stacked_clips(0, 1)
-    encoded = md.encode_clips(clips, vae, tower)
-    flow = md.encode(vae, md.render("flow", clips["flow"]))
-    assert flow.shape == (2, 4, 4, 8, 12)
-    torch.testing.assert_close(encoded["latents.flow"], flow)
-    expected = vae.encode(md.render("depth", clips["depth"], clips["depth"][:, 0])[1]) * vae.scaling_factor
-    torch.testing.assert_close(encoded["latents.depth"][1], expected, rtol=1e-4, atol=1e-5)
-    draft = md.draft_video(clips["rgb"][:, 0], clips["segmentation"])
-    torch.testing.assert_close(encoded["latents.draft"], md.encode(vae, draft))
-    torch.testing.assert_close(encoded["F.instance"], instance_flow(clips["flow"], clips["segmentation"]))
-    start = instance_flow(clips["flow"][:, 0][:, None], clips["segmentation"][:, 0])
-    torch.testing.assert_close(encoded["F.start"], start)
-    torch.testing.assert_close(encoded["token"], tower(clips["rgb"][:, 0]))
-    assert encoded["first_pictures"].shape == (2, 9, 16, 24)
-
-
-def test_training_and_sampling_see_the_same_condition(models, monkeypatch):
-    """With nothing dropped, masked or noisy, what training shows is what the sampler builds from a user's input."""
-    vae, tower = models
-    clips = stacked_clips(3, 4)
-    for config in (STAGE1, STAGE2, replace(STAGE2, draft=True), ONE_STAGE):
-        config = replace(config, **SMALL, mask_ratio=0.0)
-        encoded = md.encode_clips(clips, vae, tower)
-        generator = torch.Generator().manual_seed(0)
-        monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.zeros(size[0] if len(size) == 1 else size))
-        batch = md.training_batch(config, encoded, vae, generator, drop=0.0)
-        firsts = [clips[name][:, 0] for name in ("rgb", "segmentation", "depth")]
-        motion = Motion(*(clips[name] for name in ("flow", "segmentation", "depth")))
-        told = (vae, tower, *firsts, encoded["F.instance"], clips["camera"], motion)
-        cond = md.sampling_condition(config, *told, frames=clips["flow"].shape[1], noise_aug=math.exp(-3))
-        monkeypatch.undo()
-        for name in ("first_pictures", "first_latents", "given", "draft", "token", "added_ids", "F", "camera"):
-            a, b = getattr(batch.condition, name), getattr(cond, name)
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-        torch.testing.assert_close(batch.condition.known, cond.known, rtol=1e-4, atol=1e-4, equal_nan=True)
-        unknown = cond.known.isnan().all(dim=3).all(dim=2).all(dim=0)  # of frame 0, only the flow
-        assert unknown.sum() == config.latent_channels * ("flow" in config.predict)
-
-
-def test_what_moves_at_once_is_what_is_half_as_fast_as_the_fastest():
-    start = torch.zeros(3, 2, 1, 5)
-    start[0, 0, 0] = torch.tensor([0.0, 4.0, -1.9, -2.1, 0.1])
-    start[1, 1, 0] = torch.tensor([0.2, 0.0, 0.0, 0.0, 0.0])
-    expected = [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0] * 5]  # the last: nothing moves
-    assert md.moves_at_once(start)[:, 0, 0].int().tolist() == expected
-
-
-@pytest.mark.parametrize("control, name", [("instance_flow", "F.instance"), ("sparse_flow", "F.sparse")])
-def test_some_clips_show_the_arrows_of_what_was_pushed(models, control, name):
-    encoded = md.encode_clips(stacked_clips(*range(8)), *models)
-    encoded[name] = torch.rand_like(encoded[name]) + 0.5
-    encoded["F.start"] = (encoded["segmentation"] == 2)[:, None].float().expand(-1, 2, -1, -1)
-    told = (encoded, models[0])
-    for share in (0.0, 0.5, 1.0):
-        config, count = replace(STAGE1, **SMALL, control=control, mask_ratio=0.0, mask_start=share), 0
-        for seed in range(20):
-            F = md.training_batch(config, *told, torch.Generator().manual_seed(seed), drop=0.0).condition.F
-            pushed = encoded[name] * encoded["F.start"]
-            shown = [torch.equal(F[i], pushed[i]) for i in range(8)]
-            others = [torch.equal(F[i], encoded[name][i]) for i in range(8)]
-            assert all(a != b for a, b in zip(shown, others, strict=True))  # one or the other
-            count += sum(shown)
-        assert count == 160 * share or (share == 0.5 and 55 < count < 105)  # 80 +- 4 standard deviations
-
-
-@pytest.mark.parametrize("config", [STAGE1, STAGE2, replace(STAGE2, draft=True)], ids=["stage 1", "stage 2", "draft"])
-def test_some_clips_are_shown_at_rest(models, config):
-    """As encoding a clip in which nothing moves would have given."""
-    clips = stacked_clips(*range(8))
-    encoded, rest = md.encode_clips(clips, *models), {name: value.clone() for name, value in clips.items()}
-    for name in ("rgb", "segmentation", "depth"):
-        rest[name] = rest[name][:, :1].expand_as(rest[name])
-    rest["flow"] = torch.zeros_like(rest["flow"])
-    expected = md.encode_clips(rest, *models)
-    config, counted = replace(config, **SMALL, mask_ratio=0.0, still_ratio=0.5), 0
-    batch = md.training_batch(config, encoded, models[0], torch.Generator().manual_seed(1), drop=0.0)
-    for i in range(8):
-        still = batch.condition.F[i].abs().max() == 0
-        source = expected if still else encoded
-        told, drafts = batch.condition, ("draft",) * config.draft
-        for part, names in ((batch.x0, config.predict), (told.given, config.given), (told.draft, drafts)):
-            for k, name in enumerate(names):
-                found = part[i, :, 4 * k : 4 * k + 4]
-                torch.testing.assert_close(found, source[f"latents.{name}"][i], rtol=1e-4, atol=1e-4)
-        counted += still
-    assert 0 < counted < 8
-
-
-def test_training_batch_drops_each_part_by_itself(models):
-    vae, tower = models
-    one = md.encode_clips(stacked_clips(5), vae, tower)
-    encoded = {name: value.repeat(400, *[1] * (value.ndim - 1)) for name, value in one.items()}
-    config = replace(STAGE1, **SMALL, mask_ratio=0.5)
-    batch = md.training_batch(config, encoded, vae, torch.Generator().manual_seed(0), drop=0.25)
-    cond = batch.condition
-    no_image = (cond.token == 0).all((1, 2))
-    no_ids = (cond.first_pictures[:, 3:6] == 0).all((1, 2, 3))
-    no_depth = (cond.first_pictures[:, 6:] == 0).all((1, 2, 3))
-    for dropped in (no_image, no_ids, no_depth):
-        assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.08)
-    assert (no_image & no_ids).float().mean().item() == pytest.approx(0.0625, abs=0.04)  # independent
-    latents = cond.first_latents.view(400, 3, 4, 8, 12)
-    assert torch.equal((latents[:, 0] == 0).all((1, 2, 3)), no_image)
-    assert torch.equal((latents[:, 1] == 0).all((1, 2, 3)), no_ids | no_image)
-    unknown = cond.known.view(400, 3, -1).isnan().all(dim=2)  # flow, segmentation, depth
-    assert torch.equal(unknown, torch.stack([no_ids | True, no_ids | no_image, no_depth | no_image], dim=1))
-    noise = cond.added_ids[:, 2]
-    assert noise.min() > 0 and noise.log().std().item() == pytest.approx(0.5, abs=0.06)
-    again = md.training_batch(config, encoded, vae, torch.Generator().manual_seed(0), drop=0.25)
-    assert torch.equal(again.condition.first_latents, cond.first_latents) and torch.equal(again.condition.F, cond.F)
-    config = replace(STAGE2, **SMALL, draft=True)
-    cond = md.training_batch(config, encoded, vae, torch.Generator().manual_seed(0), drop=0.25).condition
-    no_image = (cond.token == 0).all((1, 2))
-    assert torch.equal((cond.draft == 0).all(4).all(3).all(2).all(1), no_image) and 0 < no_image.sum() < 400
+def test_the_null_branch_sees_nothing_of_the_first_frame():
+    """Two pictures, one null branch; S_0 and D_0 stay in C^(s), for they are not the picture."""
+    config = replace(STAGE1, **SMALL)
+    a, b = random_condition(config), random_condition(config)
+    for name in ("given", "added_ids", "F", "camera"):
+        setattr(b, name, getattr(a, name))
+    b.first_pictures[:, 3:] = a.first_pictures[:, 3:]
+    model, x, sigma = tiny_stage(config), torch.randn(2, 3, 12, 5, 7), torch.tensor([0.3, 9.0])
+    free = [model.denoise(x, sigma, cond.without_image()) for cond in (a, b)]
+    assert torch.equal(*free) and a.without_image().known.isnan().all()
+    assert not torch.equal(*(model.denoise(x, sigma, cond) for cond in (a, b)))
+    assert torch.equal(a.without_image().first_pictures[:, 3:], a.first_pictures[:, 3:])
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -546,6 +498,7 @@ def test_guidance_rises_linearly_over_the_frames():
 
         def denoise(self, x, sigma, cond, control=None):
             free = (control.token == 0).all() and (control.first_latents == 0).all()
+            assert free == (control.first_pictures[:, :3] == 0).all()
             return torch.full_like(x, 1.0 if free else 3.0)
 
     cond = random_condition(STAGE2)
