@@ -15,10 +15,13 @@ from svd import (
     UNet,
     UNetConfig,
     VAEConfig,
+    decode_video,
+    encode_video,
     image_to_video,
     karras_sigmas,
 )
 from tests.make_fixtures import FOLDER, MODELS, fill, inputs, outputs, reference
+from tests.tiny import tiny_vae
 from weights import load_strict, resolve_source, single_file_table
 
 CLASSES = {"unet": UNet, "vae": VAE, "image_encoder": ImageEncoder}
@@ -773,3 +776,24 @@ def test_a_stage_exports_its_unet_to_diffusers(tmp_path):
     given = inputs("unet", stage.unet.config, 5, 6)
     assert given["sample"].shape[2] == 24
     close(run("unet", stage.unet, given)["sample"], outputs("unet", theirs, given)["sample"])
+
+
+# ----------------------------------------------------------------------------------------------------- latents of video
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+def test_video_latents_are_scaled_and_stacked_cell_by_cell(stack):
+    """factor = stack times the VAE's: latents of stack x stack neighbours follow each other, channel by channel."""
+    vae, pictures = tiny_vae(), torch.rand(2, 3, 3, 12, 20) * 2 - 1
+    vae.scaling_factor = 0.7
+    latents = encode_video(vae, pictures, vae.factor * stack, chunk=4)  # of 6 pictures
+    single = torch.stack([torch.stack([vae.encode(frame[None])[0] for frame in video]) for video in pictures])
+    h, w, C = 12 // vae.factor // stack, 20 // vae.factor // stack, single.shape[2]
+    assert latents.shape == (2, 3, C * stack**2, h, w)
+    for c in range(C):
+        for dy in range(stack):
+            for dx in range(stack):
+                found = latents[:, :, c * stack**2 + dy * stack + dx]
+                torch.testing.assert_close(found, 0.7 * single[:, :, c, dy::stack, dx::stack], rtol=1e-4, atol=1e-5)
+    decoded = decode_video(vae, latents, vae.factor * stack)
+    torch.testing.assert_close(decoded, vae.decode(single), rtol=1e-4, atol=1e-4)
