@@ -321,6 +321,9 @@ def test_starts_from_a_model_folder(monkeypatch, clips, out, tmp_path, capsys):
     shutil.copytree(out / "stage1", out / "stage2")
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, clips, tmp_path / "copied", "--start", out, stage="2", steps=1)
+    assert stop.value.code == 2 and "what it holds is of --stage 1, not 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, tmp_path / "wider", "--start", out, "--set", "show_flow=true", steps=1)
     assert stop.value.code == 2 and f"--start {out}: size mismatch" in capsys.readouterr().err
 
 

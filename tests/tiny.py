@@ -33,7 +33,7 @@ TINY = {
     "image_encoder": TOWER_CONFIG,
     "stage1": UNET_CONFIG,
     "stage2": UNET_CONFIG,
-    "patch": 2,
+    "stack": 2,
 }
 
 

@@ -1,7 +1,7 @@
 """Clips as training reads them, and the latent cache: what the frozen encoders make of every clip, computed once.
 
-The cache lies in DATA/.cache/KEY/, one file for each clip and modality; KEY says which encoders, which version of the
-pictures and how many frames. Latents only: everything that a step draws anew (training/batch.py) is computed from the
+The cache lies in DATA/.cache/KEY/, one file for each clip and modality; KEY says which encoders, which scale of
+latents, which version of the pictures and how many frames. Latents only: everything that a step draws anew (training/batch.py) is computed from the
 clip itself.
 """
 
@@ -87,7 +87,7 @@ class CachedClips(TrainingClips):
     def __init__(self, clips: ClipDataset, config: StageConfig, vae: VAE, image_encoder: ImageEncoder) -> None:
         super().__init__(clips)
         encoders = fingerprint(vae.encoder, vae.quant_conv, image_encoder)
-        key = f"{encoders}-{config.vae_factor}-{CODEC_VERSION}-{clips.frames}"
+        key = f"{encoders}-{vae.scaling_factor:g}-{config.vae_factor}-{CODEC_VERSION}-{clips.frames}"
         self.folder = Path(clips.paths[0]).parent / ".cache" / key
         self.names = {"token": "token"}  # in a clip's dict -> in its file's name
         for name, every_frame in config.latents.items():
