@@ -1,8 +1,8 @@
 """Clips as training reads them, and the latent cache: what the frozen encoders make of every clip, computed once.
 
 The cache lies in DATA/.cache/KEY/, one file for each clip and modality; KEY says which encoders, which scale of
-latents, which version of the pictures and how many frames. Latents only: everything that a step draws anew (training/batch.py) is computed from the
-clip itself.
+latents, which version of the pictures and how many frames. Latents only: everything that a step draws anew
+(training/batch.py) is computed from the clip itself.
 """
 
 from __future__ import annotations
