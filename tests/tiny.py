@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from clips import Clip
-from motion_dreamer import MotionDreamer, StageConfig
+from motion_dreamer import MotionDreamer, StageConfig, stage_class
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
 
 VAE_CONFIG = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, channels_per_group=4)
@@ -57,7 +57,7 @@ def tiny_tower() -> ImageEncoder:
 
 def tiny_stage(config: StageConfig, seed: int = 0, scale: float = 0.1) -> MotionDreamer:
     torch.manual_seed(seed)
-    return randomize(MotionDreamer(config, UNET_CONFIG), seed, scale)
+    return randomize(stage_class(config)(config, UNET_CONFIG), seed, scale)
 
 
 def moving_squares(seed: int = 0, frames: int = 4, height: int = 16, width: int = 24) -> Clip:
