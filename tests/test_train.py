@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,15 @@ from safetensors.numpy import load_file, save_file
 from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import train
-from clips import ResumableSampler, render
+from clips import ClipDataset, ResumableSampler, render
 from motion_dreamer import STAGE1, MotionDreamer
 from svd import VAE, ImageEncoder, UNet
 from training import checkpoint, samples
+from training.batch import Chances, training_batch
+from training.cache import CachedClips
 from training.vae import vae_loss
 
 ROOT = Path(__file__).parent.parent
-PRESET = train.PRESETS["tiny"]  # what other processes see
 
 
 @pytest.fixture(autouse=True)
@@ -372,19 +374,92 @@ def test_a_bad_clip_ends_training_with_one_line(clips, out, tmp_path, workers):
     assert (done.returncode, done.stderr) == (2, line)
 
 
-def test_two_processes_train_one_model(clips, tmp_path):
-    """Whenever they start, DistributedDataParallel checks that both have equal weights."""
-    out = tmp_path / "out"
-    VAE(PRESET["vae"]).save_pretrained(out / "vae")
-    ImageEncoder(PRESET["image_encoder"]).save_pretrained(out / "image_encoder")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    for steps in (2, 3):
-        told = command(clips, out, "--accumulate", 2, steps=steps)
-        done = subprocess.run([*launch, *told], cwd=ROOT, env=environment(), capture_output=True, text=True)
+WATCHED = """
+import sys
+sys.path[:0] = {paths}
+import torch, train
+from tiny import TINY
+train.PRESETS["tiny"], take_step = TINY, train.take_step
+def watched(arguments, machine, task, learner, batches):
+    file = f"{{arguments.out}}/rank_{{machine.rank}}_step_{{learner.step}}.pt"
+    before = {{name: value.clone() for name, value in learner.core.state_dict().items()}}
+    record = take_step(arguments, machine, task, learner, batches)
+    torch.save({{"before": before, "after": learner.core.state_dict(), "ema": learner.ema.state_dict()}} | record, file)
+    return record
+train.take_step = watched
+train.main()
+"""
+SETTINGS = {"lr": 1e-2, "warmup": 2, "cooldown": 0.5, "weight-decay": 0.3, "clip-grad": 0.25, "ema": 0.2, "seed": 3}
+
+
+def by_hand(clips, out, processes, accumulate, steps):
+    """What `processes` would make of Stage I, each with `accumulate` batches of 2 clips a step, in a single loop ->
+    (weights, moving average, loss of each process, norm of the gradient) after every step."""
+    vae, tower = VAE.from_pretrained(out, "vae"), ImageEncoder.from_pretrained(out, "image_encoder")
+    start = torch.load(out / "rank_0_step_0.pt")["before"]
+    stage = MotionDreamer.from_pretrained(out, "stage1").requires_grad_(True)
+    stage.load_state_dict(start)
+    ema = {name: value.clone() for name, value in start.items()}
+    optimizer = torch.optim.AdamW(stage.parameters(), betas=(0.9, 0.99), weight_decay=0.3)
+    data = CachedClips(ClipDataset(clips), stage.config, vae, tower)
+    order = list(islice(ResumableSampler(len(data), seed=3), 2 * processes * accumulate * steps))
+    results = []
+    for step in range(steps):
+        losses, gradients = [], []
+        for rank in range(processes):
+            stage.zero_grad()
+            losses.append(0)
+            for micro in range(accumulate):
+                batch = [((step * accumulate + micro) * 2 + k) * processes + rank for k in (0, 1)]
+                batch = torch.utils.data.default_collate([data[order[place]] for place in batch])
+                generator = torch.Generator().manual_seed(checkpoint.seed_of(3, rank, step, micro))
+                told = training_batch(stage, batch, vae, generator, Chances(0.1, 0.25))
+                loss = stage.loss(told, generator)["loss"].mean() / accumulate
+                loss.backward()
+                losses[-1] += loss.item()
+            gradients.append([value.grad for value in stage.parameters()])
+        for value, *each in zip(stage.parameters(), *gradients, strict=True):
+            value.grad = None if each[0] is None else sum(each) / processes
+        norm = sum(value.grad.double().square().sum() for value in stage.parameters() if value.grad is not None) ** 0.5
+        for value in (value for value in stage.parameters() if value.grad is not None):
+            value.grad *= min(1, 0.25 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, (step + 1) / 2, (steps - step) / (0.5 * steps))
+        optimizer.step()
+        decay = min(0.2, (1 + step) / (10 + step))
+        ema = {name: decay * ema[name] + (1 - decay) * value for name, value in stage.state_dict().items()}
+        results.append(({name: value.clone() for name, value in stage.state_dict().items()}, ema, losses, norm.item()))
+    return results
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 2), (2, 2)])
+def test_processes_and_accumulated_batches_train_as_one_loop_over_all_clips_would(
+    clips, out, tmp_path, processes, accumulate
+):
+    """Weights of all processes, after every step: equal to a loop that is written here, and so to one another."""
+    script, steps = tmp_path / "watched.py", 5
+    script.write_text(WATCHED.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    for until in (2, steps) if processes == 2 else (steps,):  # a second start checks that both have equal weights
+        told = command(clips, out, "--accumulate", accumulate, "--cooldown", 0.5 if until == steps else 0, steps=until)
+        told += [str(word) for name, value in SETTINGS.items() for word in (f"--{name}", value) if name != "cooldown"]
+        done = subprocess.run([*launch, script, *told], cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in logged(out)] == [1, 2, 3]
-    state = torch.load(out / "training" / "stage1" / "step_00000003.pt")
-    assert state["settings"]["processes"] == 2
+    assert [line["step"] for line in logged(out)] == list(range(1, steps + 1))
+    assert torch.load(out / "training" / "stage1" / f"step_{steps:08d}.pt")["settings"]["processes"] == processes
+    clipped = []
+    for step, (weights, ema, losses, norm) in enumerate(by_hand(clips, out, processes, accumulate, steps)):
+        clipped.append(norm > 0.25)
+        for rank in range(processes):
+            state = torch.load(out / f"rank_{rank}_step_{step}.pt")
+            assert state["loss"] == pytest.approx(losses[rank], rel=1e-4)
+            assert state["grad_norm"] == pytest.approx(norm, rel=1e-3)
+            for name in weights:
+                torch.testing.assert_close(state["after"][name], weights[name], rtol=1e-3, atol=2e-5, msg=name)
+                torch.testing.assert_close(state["ema"][name], ema[name], rtol=1e-3, atol=2e-5, msg=name)
+    assert set(clipped) == {True, False}
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
