@@ -21,7 +21,7 @@ from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny
 
 import train
 from clips import ClipDataset, ResumableSampler, render
-from motion_dreamer import STAGE1, MotionDreamer
+from motion_dreamer import STAGE1, MotionDreamer, SmallMotionDreamer, SmallStageConfig, StageConfig
 from svd import VAE, ImageEncoder, UNet
 from training import checkpoint, samples
 from training.batch import Chances, training_batch
@@ -170,6 +170,14 @@ def test_cached_latents_give_the_losses_of_fresh_ones(monkeypatch, clips, out, t
     assert len({path.name for path in (clips / ".cache").iterdir()} - caches) == 1
 
 
+def test_windows_of_longer_clips_are_encoded_in_every_step(monkeypatch, out, tmp_path):
+    for seed in range(2):
+        moving_squares(seed, frames=5 + seed).save(tmp_path / "clips" / f"{seed}.safetensors")
+    run(monkeypatch, tmp_path / "clips", out, "--frames", 3, "--val", tmp_path / "clips", steps=2)
+    assert not (tmp_path / "clips" / ".cache").exists()
+    assert weights(out, "stage1").config.frames == 3 and logged(out)[1]["val_loss"] > 0
+
+
 class Blank(torch.nn.Module):
     """A VAE that decodes everything to grey; mean 2 and variance e^-1 of the posterior give a known KL."""
 
@@ -308,27 +316,104 @@ def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
     assert (tmp_path / "new" / "vae" / "config.json").exists()
 
 
-def test_starts_from_a_model_folder(monkeypatch, clips, out, tmp_path, capsys):
-    run(monkeypatch, clips, out, steps=2)
-    copied = tmp_path / "copied"
-    for part in ("vae", "image_encoder"):
-        shutil.copytree(out / part, copied / part)
-    run(monkeypatch, clips, copied, "--start", out, "--lr", 0, steps=1)
-    run(monkeypatch, clips, copied, "--start", out, "--lr", 0, stage="vae", steps=1)
-    for name, part in (("stage1", MotionDreamer), ("vae", VAE)):
-        before, after = (part.from_pretrained(folder, name).state_dict() for folder in (out, copied))
-        for key, value in before.items():
-            torch.testing.assert_close(after[key], value, rtol=1e-6, atol=1e-7)  # the moving average rounds
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, clips, tmp_path / "copied", "--start", out, stage="2", steps=1)
-    assert stop.value.code == 2 and f"{out}/stage2" in capsys.readouterr().err
+def weights(folder, name):
+    return {"vae": VAE, "image_encoder": ImageEncoder}.get(name, MotionDreamer).from_pretrained(folder, name)
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "one", "vae"])
+def test_goes_on_with_what_another_folder_holds(monkeypatch, clips, out, tmp_path, stage):
+    """In a new --out, without a word about its extras, sizes or encoders: `--start demo --out runs/more`."""
+    name, new = {"1": "stage1", "vae": "vae"}.get(stage, "stage2"), tmp_path / "new"
+    extras = {"1": ("told=true", "show_flow=true"), "2": ("draft=true",), "one": ("sigma_mean=0.5",)}.get(stage, ())
+    run(monkeypatch, clips, out, "--set", *extras, "reduce=start", stage=stage, steps=2)
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY | {"stack": 1, "stage1": None, "stage2": None, "vae": None})
+    run(monkeypatch, clips, new, "--start", out, "--lr", 0, stage=stage, steps=1)
+    for part in {name, "vae", "image_encoder"}:
+        before, after = weights(out, part), weights(new, part)
+        if part != "vae" or stage != "vae":  # a VAE's scale is measured anew
+            assert before.config == after.config
+        for key, value in before.state_dict().items():
+            torch.testing.assert_close(after.state_dict()[key], value, rtol=1e-6, atol=1e-7)  # the average rounds
+    if stage != "vae":
+        assert weights(new, name).config.reduce == "start"
+        run(monkeypatch, clips, tmp_path / "more", "--start", out, "--set", "reduce=pixel", stage=stage, steps=1)
+        assert weights(tmp_path / "more", name).config == replace(weights(out, name).config, reduce="pixel")
+
+
+def test_encoders_of_the_model_folder_come_before_those_of_start(monkeypatch, clips, out, tmp_path):
+    run(monkeypatch, clips, out, steps=1)
+    new, other = tmp_path / "new", tiny_vae()
+    other.encoder.conv_in.bias.data += 0.1
+    other.save_pretrained(new / "vae")
+    tiny_tower().save_pretrained(new / "image_encoder")
+    run(monkeypatch, clips, new, "--start", out, steps=1)
+    assert torch.equal(weights(new, "vae").encoder.conv_in.bias, other.encoder.conv_in.bias)
+
+
+def test_only_a_decoder_goes_on_in_a_new_folder(monkeypatch, clips, out, tmp_path):
+    run(monkeypatch, clips, out, stage="vae", steps=1)
+    before, new = weights(out, "vae"), tmp_path / "new"
+    for steps in (1, 2):
+        run(monkeypatch, clips, new, "--start", out, "--decoder-only", stage="vae", steps=steps)
+        after = weights(new, "vae")
+        assert after.config == before.config and after.scaling_factor != tiny_vae().scaling_factor
+        changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
+        assert changed and all(key.startswith("decoder.") for key in changed)
+
+
+def test_what_cannot_be_started_is_said_in_one_line(monkeypatch, clips, out, tmp_path, capsys):
+    run(monkeypatch, clips, out, steps=1)
     shutil.copytree(out / "stage1", out / "stage2")
+    wrong = {
+        f"--start {out}: what it holds is of --stage 1, not 2": ("2", ()),
+        f"--start {out}: what it holds is of --stage 1, not one": ("one", ()),
+        f"--start {out}: size mismatch": ("1", ("--set", "show_flow=true")),
+        "--ablation without_depth": ("1", ("--ablation", "without_depth")),
+        "not allowed with argument": ("1", ("--init", out)),
+    }
+    capsys.readouterr()
+    for words, (stage, more) in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, clips, tmp_path / "new", "--start", out, *more, stage=stage, steps=1)
+        assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    shutil.rmtree(out / "stage2")
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, clips, tmp_path / "copied", "--start", out, stage="2", steps=1)
-    assert stop.value.code == 2 and "what it holds is of --stage 1, not 2" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, clips, tmp_path / "wider", "--start", out, "--set", "show_flow=true", steps=1)
-    assert stop.value.code == 2 and f"--start {out}: size mismatch" in capsys.readouterr().err
+        run(monkeypatch, clips, tmp_path / "new", "--start", out, stage="2", steps=1)
+    assert stop.value.code == 2 and f"{out}/stage2" in capsys.readouterr().err
+    assert not any((tmp_path / "new" / name).exists() for name in ("stage1", "stage2"))
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_a_stage_has_the_fps_of_its_clips(monkeypatch, out, tmp_path, stage):
+    for seed, fps in enumerate((10.0, 10.0, 7.0)):
+        replace(moving_squares(seed), fps=fps).save(tmp_path / "clips" / f"{seed}.safetensors")
+    run(monkeypatch, tmp_path / "clips", out, stage=stage, steps=1)
+    config = weights(out, f"stage{stage}").config
+    assert (config.fps, config.frames, config.height, config.width) == (10, 4, 16, 24)
+    assert (config.vae_factor, config.latent_channels) == (4, 16)  # stacked latents
+
+
+def test_only_extras_make_a_stage_a_small_one(monkeypatch, clips, out, tmp_path):
+    run(monkeypatch, clips, out, "--set", "reduce=pixel", "mask_ratio=0.25", "motion_weight=2", steps=1)
+    config = weights(out, "stage1").config
+    assert type(config) is StageConfig and (config.reduce, config.mask_ratio, config.motion_weight) == (
+        "pixel",
+        0.25,
+        2,
+    )
+    assert config.sigma_max == 80  # from nothing
+    extras = {"told": True, "show_flow": True, "mask_start": 0.5, "still_ratio": 0.25}
+    text = [f"{name}={str(value).lower()}" for name, value in extras.items()]
+    run(monkeypatch, clips, tmp_path / "new", "--start", out, "--set", "told=false", steps=1)
+    assert type(weights(tmp_path / "new", "stage1").config) is SmallStageConfig
+    shutil.rmtree(tmp_path / "new")
+    for part in ("vae", "image_encoder"):
+        shutil.copytree(out / part, tmp_path / "new" / part)
+    run(monkeypatch, clips, tmp_path / "new", "--set", *text, steps=1)
+    stage = weights(tmp_path / "new", "stage1")
+    assert type(stage) is SmallMotionDreamer and extras.items() <= vars(stage.config).items()
+    run(monkeypatch, clips, tmp_path / "new", "--set", "draft=true", stage="2", steps=1)
+    assert weights(tmp_path / "new", "stage2").config.draft
 
 
 # ------------------------------------------------------------------------------------------------------ other processes
