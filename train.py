@@ -288,7 +288,9 @@ def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, fo
         learner.optimizer.load_state_dict(state["optimizer"])
         learner.step, learner.skipped = state["step"], state["skipped"]
     if arguments.stage == "vae" and arguments.decoder_only:  # what encodes from now on is the moving average
-        if state or not arguments.start:
+        if not (state or arguments.start):
+            raise ValueError(f"{folder}: --decoder-only, but no VAE to go on with; --start names another folder")
+        if state:
             learner.ema.scaling_factor = VAE.from_pretrained(arguments.out, "vae").scaling_factor
         for part in ("encoder", "quant_conv"):
             getattr(learner.core, part).load_state_dict(getattr(learner.ema, part).state_dict())

@@ -102,10 +102,9 @@ def push_alone(
 
 def moves_at_once(start: Tensor) -> Tensor:
     """[B, 2, H, W], each object's flow in the first step -> bool [B, 1, H, W]: objects at least half as fast as the
-    fastest. They were pushed; what they hit moves later. If nothing moves, everything: there is nothing to choose."""
+    fastest. They were pushed; what they hit moves later. If nothing moves, that is everything."""
     speed = start.norm(dim=1, keepdim=True)
-    fastest = speed.amax(dim=(1, 2, 3), keepdim=True)
-    return (2 * speed >= fastest) & (speed > 0) | (fastest == 0)
+    return 2 * speed >= speed.amax(dim=(1, 2, 3), keepdim=True)
 
 
 def some_at_rest(config: StageConfig, clips: Clips, vae: VAE, generator: torch.Generator | None) -> Clips:
