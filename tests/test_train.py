@@ -238,6 +238,7 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, cli
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, clips, out, steps=60)
     assert stop.value.code == 2 and "50 steps in a row" in capsys.readouterr().err
+    assert [line["skipped"] for line in logged(out)] == [0, *range(1, 52)]  # counted on from the checkpoint
 
 
 def test_data_and_randomness_of_a_step_are_functions_of_seed_rank_and_step(monkeypatch, clips, out):
@@ -301,6 +302,21 @@ def test_samples_and_validation(monkeypatch, clips, out):
     assert Image.open(out / "training" / "stage2" / "samples" / "step_00000002.png").size == (6 * 24, 2 * 16)
     run(monkeypatch, clips, out, "--sample-every", 2, stage="vae", steps=2)
     assert Image.open(out / "training" / "vae" / "samples" / "step_00000002.png").size == (6 * 24, 8 * 16)
+
+
+def test_validation_is_of_the_moving_average_with_the_same_draws_every_time(monkeypatch, clips, out):
+    told = ("--val", clips, "--val-every", 1, "--val-samples", 0, "--warmup", 1, "--ema", 0.9)
+    run(monkeypatch, clips, out, *told, "--lr", 0, "--save-every", 9, steps=2)
+    first, second = (line["val_loss"] for line in logged(out))
+    assert first == pytest.approx(second, rel=1e-5)  # the moving average rounds
+    run(monkeypatch, clips, out, *told, "--lr", 0.03, steps=4)
+    stage, vae, tower = (weights(out, name) for name in ("stage1", "vae", "image_encoder"))
+    data, losses = CachedClips(ClipDataset(clips), stage.config, vae, tower), []
+    for i in range(5):
+        batch, generator = torch.utils.data.default_collate([data[(i, 0)]]), torch.Generator().manual_seed(i)
+        losses.append(stage.loss(training_batch(stage, batch, vae, generator, Chances()), generator)["loss"].item())
+    assert logged(out)[-1]["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert abs(np.mean(losses) - first) > 1e-3
 
 
 def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
@@ -371,6 +387,9 @@ def test_what_cannot_be_started_is_said_in_one_line(monkeypatch, clips, out, tmp
         "--ablation without_depth": ("1", ("--ablation", "without_depth")),
         "not allowed with argument": ("1", ("--init", out)),
     }
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, out, "--decoder-only", stage="vae", steps=1)  # there are weights, but no checkpoint
+    assert stop.value.code == 2 and "no VAE to go on with" in capsys.readouterr().err
     capsys.readouterr()
     for words, (stage, more) in wrong.items():
         with pytest.raises(SystemExit) as stop:
@@ -522,13 +541,25 @@ def test_processes_and_accumulated_batches_train_as_one_loop_over_all_clips_woul
     clips, out, tmp_path, processes, accumulate
 ):
     """Weights of all processes, after every step: equal to a loop that is written here, and so to one another."""
-    script, steps = tmp_path / "watched.py", 5
+    start, out, script, steps = out, tmp_path / "model", tmp_path / "watched.py", 5
+    config = replace(STAGE1, vae_factor=4, latent_channels=16, frames=4, width=24, height=16)
+    tiny_stage(config).save_pretrained(start / "stage1")  # no weight is 0, so that each has a gradient
     script.write_text(WATCHED.format(paths=[str(ROOT), str(ROOT / "tests")]))
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
     for until in (2, steps) if processes == 2 else (steps,):  # a second start checks that both have equal weights
-        told = command(clips, out, "--accumulate", accumulate, "--cooldown", 0.5 if until == steps else 0, steps=until)
+        told = command(
+            clips,
+            out,
+            "--start",
+            start,
+            "--accumulate",
+            accumulate,
+            "--cooldown",
+            0.5 if until == steps else 0,
+            steps=until,
+        )
         told += [str(word) for name, value in SETTINGS.items() for word in (f"--{name}", value) if name != "cooldown"]
         done = subprocess.run([*launch, script, *told], cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
