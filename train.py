@@ -17,8 +17,6 @@ import argparse
 import copy
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -34,52 +32,14 @@ from tqdm import tqdm
 import metrics
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import ABLATIONS, ONE_STAGE, MotionDreamer, SmallStageConfig, StageConfig, stage_class
-from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
+from svd import VAE, ImageEncoder
 from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
 from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
+from training.presets import PRESETS
+from training.processes import Machine, StopSignal, leave_process_group, peak_memory, start_process
 from training.samples import reproduce, sample_figures, write_samples
 from training.vae import VAETraining, measure_scale
-
-
-def small_unet(widths: tuple[int, ...], heads: int, context: int, ids: int) -> UNetConfig:
-    """Three levels, of which the finest has no attention: there it would double the time of a step."""
-    return UNetConfig(
-        block_out_channels=widths, layers_per_block=1, attention=(False, True, True), num_attention_heads=(heads,) * 3,
-        cross_attention_dim=context, addition_time_embed_dim=ids, channels_per_group=16,
-    )  # fmt: skip
-
-
-# Sizes of models that start from nothing. SVD itself comes with --init.
-PRESETS = {
-    "tiny": {  # for tests: seconds a stage
-        "vae": VAEConfig(block_out_channels=(16, 32, 32), layers_per_block=1, channels_per_group=8),
-        "image_encoder": ImageEncoderConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64,
-            patch_size=16, projection_dim=64,
-        ),
-        "stage1": small_unet((32, 64, 64), 2, 64, 32),
-        "stage2": small_unet((32, 64, 64), 2, 64, 32),
-        "stack": 2,
-    },
-    "demo": {  # the model in demo/: hours on two CPU cores
-        "vae": VAEConfig(
-            block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, channels_per_group=16
-        ),
-        "image_encoder": ImageEncoderConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64,
-            patch_size=16, projection_dim=128,
-        ),
-        "stage1": small_unet((112, 96, 144), 4, 128, 64),  # the first level takes 192 channels a cell, gives 96
-        "stage2": small_unet((96, 64, 48), 4, 128, 64),  # painting is local: wide where the cells are fine
-        "stack": 2,
-    },
-    "table": {  # the rows of evaluate.py's tables, which share the demo model's VAE: minutes a stage
-        "stage1": small_unet((64, 48, 48), 2, 128, 64),
-        "stage2": small_unet((64, 48, 48), 2, 128, 64),
-        "stack": 2,
-    },
-}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,8 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--stage", choices=("vae", "1", "2", "one"), required=True, help="one = One-stage* of Table 1")
     what.add_argument("--ablation", choices=list(ABLATIONS), default="motion_dreamer", help="row of Table 3")
     what.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of (Small)StageConfig")
-    what.add_argument("--init", metavar="REPO_OR_DIR", help="SVD's weights; without it, start from nothing")
-    what.add_argument("--start", metavar="DIR", help="begin with the weights that this model folder has for the stage")
+    begin = what.add_mutually_exclusive_group()
+    begin.add_argument("--init", metavar="REPO_OR_DIR", help="SVD's weights; without it, start from nothing")
+    begin.add_argument("--start", metavar="DIR", help="begin with the stage that this model folder holds")
     what.add_argument("--preset", choices=list(PRESETS), default="demo", help="size of a model from nothing")
     what.add_argument("--decoder-only", action="store_true", help="of the VAE: its latents stay as they are")
     where = parser.add_argument_group("data and output")
@@ -128,34 +89,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 # ----------------------------------------------------------------------------------------------------------- setting up
-
-
-@dataclass
-class Machine:
-    """Where this process runs, and as which of how many."""
-
-    rank: int
-    world_size: int
-    device: str
-    autocast: torch.autocast
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device != "cpu"
-
-
-def start_process(arguments: argparse.Namespace) -> Machine:
-    """Joins the processes that torchrun started; one without it is rank 0 of 1."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-    if gpu:
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if gpu else "gloo")
-    bf16 = (arguments.precision or ("bf16" if gpu else "fp32")) == "bf16"
-    torch.manual_seed(arguments.seed)  # the initial weights
-    return Machine(rank, world_size, device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16))
 
 
 @dataclass
@@ -208,52 +141,83 @@ Task = VAETask | StageTask
 
 
 def vae_task(arguments: argparse.Namespace, machine: Machine) -> VAETask:
-    """A VAE of the preset's size, and beside it in --out, once, a random image tower."""
+    """A VAE of the preset's size, or that of --start; beside it in --out, once, a random image tower, or that of
+    --start."""
     preset, full = PRESETS[arguments.preset], {"dtype": torch.float32, "device": machine.device}
-    if "vae" not in preset:
-        raise ValueError(f"--preset {arguments.preset} has no VAE of its own: train that of another preset")
-    core = VAE(preset["vae"]).to(machine.device)
     if arguments.start:
-        copy_weights(core, VAE.from_pretrained(arguments.start, "vae", **full), arguments.start)
+        source = VAE.from_pretrained(arguments.start, "vae", **full)
+        core = VAE(source.config).to(machine.device)
+        core.load_state_dict(source.state_dict())
+    elif "vae" in preset:
+        core = VAE(preset["vae"]).to(machine.device)
+    else:
+        raise ValueError(f"--preset {arguments.preset} has no VAE of its own: train that of another preset")
     folder = Path(arguments.out) / "image_encoder"
-    if machine.rank == 0 and not folder.exists():
-        tower = ImageEncoder(preset["image_encoder"])
+    if machine.rank == 0 and not (folder / "config.json").exists():
         if arguments.start:
             tower = ImageEncoder.from_pretrained(arguments.start, "image_encoder", **full)
+        else:
+            tower = ImageEncoder(preset["image_encoder"])
         tower.save_pretrained(folder)
     return VAETask(core)
 
 
 def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDataset) -> StageTask:
     """A stage from SVD's weights (--init), from a model folder (--start) or from nothing, and its frozen encoders."""
-    name = "stage1" if arguments.stage == "1" else "stage2"
+    name, source = "stage1" if arguments.stage == "1" else "stage2", None
+    full = {"dtype": torch.float32, "device": machine.device}  # weights on disk are often half precision
     vae, image_encoder = frozen_encoders(arguments, machine)
-    config = stage_config(arguments, dataset, vae)
+    if arguments.start:
+        source = MotionDreamer.from_pretrained(arguments.start, name, **full)
+    config = stage_config(arguments, dataset, vae, source.config if source else None)
     if dataset.width % config.vae_factor or dataset.height % config.vae_factor:
         size = f"{dataset.width}x{dataset.height}"
         raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {config.vae_factor}")
     if arguments.init:
         core = stage_class(config).from_svd(arguments.init, config, machine.device)
     else:
-        core = stage_class(config)(config, PRESETS[arguments.preset][name]).to(machine.device)
-        if arguments.start:
-            full = {"dtype": torch.float32, "device": machine.device}  # weights on disk are often half precision
-            copy_weights(core, MotionDreamer.from_pretrained(arguments.start, name, **full), arguments.start)
+        unet = source.unet.config if source else PRESETS[arguments.preset][name]
+        core = stage_class(config)(config, unet).to(machine.device)
+    if source:
+        copy_weights(core, source, arguments.start)
     token, context = image_encoder.config.projection_dim, core.unet.config.cross_attention_dim
     if token != context:
-        raise ValueError(
-            f"{arguments.out}: its image tower gives {token} numbers, --preset {arguments.preset} takes {context}"
-        )
+        raise ValueError(f"{arguments.out}: its image tower gives {token} numbers, the UNet takes {context}")
     core.unet.gradient_checkpointing = arguments.checkpointing
     return StageTask(name, core, vae, image_encoder, Chances(arguments.drop, arguments.unmark))
 
 
-def stage_config(arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE) -> StageConfig:
-    """The StageConfig of the command line, with sizes from data and VAE. Raises ValueError for an unknown --set."""
-    stage1, stage2 = ABLATIONS[arguments.ablation]
-    config = {"1": stage1, "2": stage2, "one": ONE_STAGE}[arguments.stage]
+def stage_config(
+    arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE, started: StageConfig | None
+) -> StageConfig:
+    """The StageConfig of the command line, with sizes from data and VAE; with --start, `started` is what --set changes.
+
+    Raises ValueError for an unknown --set, and where `started` is no such stage.
+    """
+    changes = changed_fields(arguments.set)
+    if started:
+        kind = "1" if started.predict != ("rgb",) else "2" if started.given else "one"
+        if arguments.stage != kind:
+            raise ValueError(f"--start {arguments.start}: what it holds is of --stage {kind}, not {arguments.stage}")
+        if arguments.ablation != "motion_dreamer":
+            raise ValueError(f"--ablation {arguments.ablation}: a stage of --start stays the row that it is")
+        config, stack = started, started.vae_factor // vae.factor
+    else:
+        stage1, stage2 = ABLATIONS[arguments.ablation]
+        config, stack = {"1": stage1, "2": stage2, "one": ONE_STAGE}[arguments.stage], 1
+        if not arguments.init:
+            # A network from nothing has not seen SVD's 700, and a small one needs speed: see `encode_video`.
+            changes, stack = {"sigma_max": 80.0} | changes, PRESETS[arguments.preset]["stack"]
+    sizes = {"frames": dataset.frames, "width": dataset.width, "height": dataset.height, "fps": dataset.fps}
+    sizes |= {"latent_channels": vae.config.latent_channels * stack**2, "vae_factor": vae.factor * stack}
+    changed = asdict(config) | sizes | changes
+    return (SmallStageConfig if changed.keys() - vars(ONE_STAGE).keys() else StageConfig)(**changed)
+
+
+def changed_fields(items: list[str]) -> dict[str, str | int | float | bool]:
+    """NAME=VALUE of --set -> fields of StageConfig or SmallStageConfig. Raises ValueError for what is neither."""
     types, changes = {field.name: type(field.default) for field in fields(SmallStageConfig)}, {}
-    for item in arguments.set:
+    for item in items:
         name, _, text = item.partition("=")
         if types.get(name) not in (str, int, float, bool):
             raise ValueError(f"--set {item}: StageConfig has no such field to set")
@@ -261,24 +225,20 @@ def stage_config(arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE) 
             changes[name] = {"true": True, "false": False}[text] if types[name] is bool else types[name](text)
         except (KeyError, ValueError):
             raise ValueError(f"--set {item}: {text!r} is not a {types[name].__name__}") from None
-    stack = 1  # latents along each side that become one cell of the UNet, see `encode_video`
-    if not arguments.init:
-        # Trained from nothing, a network has not seen SVD's 700; what small models need for their speed is theirs.
-        changes, stack = {"sigma_max": 80.0} | changes, PRESETS[arguments.preset]["stack"]
-    sizes = {"frames": dataset.frames, "width": dataset.width, "height": dataset.height, "fps": dataset.fps}
-    sizes |= {"latent_channels": vae.config.latent_channels * stack**2, "vae_factor": vae.factor * stack}
-    extras = changes.keys() - vars(config).keys()
-    return (SmallStageConfig if extras else StageConfig)(**(asdict(config) | sizes | changes))
+    return changes
 
 
 def frozen_encoders(arguments: argparse.Namespace, machine: Machine) -> tuple[VAE, ImageEncoder]:
     """VAE and image tower, frozen: SVD's with --init, else those in the model folder, which `--stage vae` left there;
     where there are none, those of --start. Copies them to --out."""
     out, full = Path(arguments.out), {"dtype": torch.float32, "device": machine.device}
-    source = arguments.init or (arguments.start if arguments.start and not (out / "vae").exists() else out)
+    there = (out / "vae" / "config.json").exists()  # the last file that is written of the two models
+    source = arguments.init or (arguments.start if arguments.start and not there else out)
     vae = VAE.from_pretrained(source, "vae", **full).requires_grad_(False).eval()
     image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **full).requires_grad_(False).eval()
-    if machine.rank == 0 and source != out and not (out / "vae").exists():
+    if machine.world_size > 1:
+        dist.barrier()  # all have looked into --out
+    if machine.rank == 0 and source != out and not there:
         image_encoder.save_pretrained(out / "image_encoder")
         vae.save_pretrained(out / "vae")
     return vae, image_encoder
@@ -323,11 +283,15 @@ def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, fo
     settings = {name: getattr(arguments, name) for name in names} | {"processes": machine.world_size}
     state = load_checkpoint(folder, machine.device, settings)
     if state:
-        for part in ("core", "ema", "optimizer"):
-            getattr(learner, part).load_state_dict(state["model" if part == "core" else part])
+        learner.core.load_state_dict(state["model"])
+        learner.ema.load_state_dict(state["ema"])
+        learner.optimizer.load_state_dict(state["optimizer"])
         learner.step, learner.skipped = state["step"], state["skipped"]
     if arguments.stage == "vae" and arguments.decoder_only:  # what encodes from now on is the moving average
-        learner.ema.scaling_factor = VAE.from_pretrained(arguments.out, "vae").scaling_factor
+        if not (state or arguments.start):
+            raise ValueError(f"{folder}: --decoder-only, but no VAE to go on with; --start names another folder")
+        if state:
+            learner.ema.scaling_factor = VAE.from_pretrained(arguments.out, "vae").scaling_factor
         for part in ("encoder", "quant_conv"):
             getattr(learner.core, part).load_state_dict(getattr(learner.ema, part).state_dict())
             getattr(learner.core, part).requires_grad_(False)
@@ -455,53 +419,12 @@ def save(arguments: argparse.Namespace, task: Task, learner: Learner, settings: 
     learner.ema.save_pretrained(out / task.name)
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM end the run after the step in which they come, with a save, in all processes together."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine, self.told = machine, False
-
-    def __enter__(self) -> StopSignal:
-        self.handlers = {number: signal.signal(number, self.tell) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def tell(self, *_: object) -> None:
-        self.told = True
-
-    def came(self) -> bool:
-        """Whether any process was told to stop: they stop at the same step."""
-        told = torch.tensor(float(self.told), device=self.machine.device)
-        if self.machine.world_size > 1:
-            dist.all_reduce(told)
-        return told.item() > 0
-
-
-def leave_process_group(worker: int) -> None:
-    """For the loader's workers: what Ctrl-C sends to all processes of a terminal must not end them before the step that
-    the main process still does. (Were they to ignore it, they would also ignore their end.)"""
-    if hasattr(os, "setsid"):  # not on Windows
-        os.setsid()
-
-
-def peak_memory(on_gpu: bool) -> int:
-    """Bytes: of the GPU, or of the process."""
-    if on_gpu:
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, where only GPUs are supported
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
 def train(arguments: argparse.Namespace) -> None:
     # Set up: this process, the clips, what is trained, and where a former run of the same command ended.
-    machine, out = start_process(arguments), Path(arguments.out)
+    machine, out = start_process(arguments.seed, arguments.precision), Path(arguments.out)
     dataset = ClipDataset(arguments.data, arguments.frames)
     validation = ClipDataset(arguments.val, dataset.frames) if arguments.val else None
     task = vae_task(arguments, machine) if arguments.stage == "vae" else stage_task(arguments, machine, dataset)
@@ -546,7 +469,7 @@ def train(arguments: argparse.Namespace) -> None:
     if machine.world_size > 1:
         dist.destroy_process_group()
     if machine.rank == 0:
-        more = "; run the same command to go on" if stop.told else ""
+        more = "; run the same command to go on" if learner.step < arguments.steps else ""
         print(f"{out / task.name}: {learner.step} of {arguments.steps} steps{more}")
 
 
@@ -554,7 +477,7 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         train(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)

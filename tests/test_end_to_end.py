@@ -22,7 +22,7 @@ def run_train(monkeypatch, *arguments):
 def trained(tmp_path_factory):
     """A model folder that has seen one clip, and that clip."""
     folder, monkeypatch = tmp_path_factory.mktemp("overfit"), pytest.MonkeyPatch()
-    monkeypatch.setitem(train.PRESETS, "tiny", TINY | {"patch": 1})  # eight channels are few for a patch
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY | {"stack": 1})  # eight channels are few for stacked latents
     moving_squares(0).save(folder / "data" / "clip.safetensors")
     told = ("--preset", "tiny", "--data", folder / "data", "--out", folder / "model", "--quiet")
     told += ("--lr", "5e-3", "--ema", "0.98", "--cooldown", "0.5")

@@ -9,23 +9,26 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import train
-from clips import ResumableSampler
-from motion_dreamer import STAGE1, MotionDreamer, render
+from clips import ClipDataset, ResumableSampler, render
+from motion_dreamer import STAGE1, MotionDreamer, SmallMotionDreamer, SmallStageConfig, StageConfig
 from svd import VAE, ImageEncoder, UNet
-from training import checkpoint
+from training import checkpoint, samples
+from training.batch import Chances, training_batch
+from training.cache import CachedClips
 from training.vae import vae_loss
 
 ROOT = Path(__file__).parent.parent
-PRESET = train.PRESETS["tiny"]  # what other processes see
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +170,14 @@ def test_cached_latents_give_the_losses_of_fresh_ones(monkeypatch, clips, out, t
     assert len({path.name for path in (clips / ".cache").iterdir()} - caches) == 1
 
 
+def test_windows_of_longer_clips_are_encoded_in_every_step(monkeypatch, out, tmp_path):
+    for seed in range(2):
+        moving_squares(seed, frames=5 + seed).save(tmp_path / "clips" / f"{seed}.safetensors")
+    run(monkeypatch, tmp_path / "clips", out, "--frames", 3, "--val", tmp_path / "clips", steps=2)
+    assert not (tmp_path / "clips" / ".cache").exists()
+    assert weights(out, "stage1").config.frames == 3 and logged(out)[1]["val_loss"] > 0
+
+
 class Blank(torch.nn.Module):
     """A VAE that decodes everything to grey; mean 2 and variance e^-1 of the posterior give a known KL."""
 
@@ -227,23 +238,25 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, cli
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, clips, out, steps=60)
     assert stop.value.code == 2 and "50 steps in a row" in capsys.readouterr().err
+    assert [line["skipped"] for line in logged(out)] == [0, *range(1, 52)]  # counted on from the checkpoint
 
 
 def test_data_and_randomness_of_a_step_are_functions_of_seed_rank_and_step(monkeypatch, clips, out):
     seen = []
     make = train.training_batch
 
-    def record(config, encoded, *rest):
-        seen.append(encoded["segmentation"].clone())
-        return make(config, encoded, *rest)
+    def record(stage, told, *rest):
+        seen.append(told["segmentation"].clone())
+        return make(stage, told, *rest)
 
     monkeypatch.setattr(train, "training_batch", record)
     run(monkeypatch, clips, out, "--seed", 3, steps=3)
     order = iter(ResumableSampler(5, seed=3))
     for batch in seen:
         for item in batch:
-            truth = moving_squares(next(order)[0]).segmentation[0]
+            truth = moving_squares(next(order)[0]).segmentation
             assert (item.numpy() == truth).all()
+    assert len(seen) == 3
     assert len({checkpoint.seed_of(*numbers) for numbers in np.ndindex(3, 2, 5, 2)}) == 60
 
 
@@ -251,12 +264,12 @@ def test_figures_of_the_truth_are_perfect_and_those_of_a_shifted_clip_are_not():
     clip = moving_squares(0).tensors()
     perfect = {"epe_all": 0, "epe_moving": 0, "epe_relative": 0, "ids_miou": 1, "iou_last": 1, "silhouette_last": 1}
     perfect |= {"depth_absrel": 0, "depth_absrel_objects": 0, "psnr": 99}
-    found = {name: a / b for name, (a, b) in train.sample_figures(clip, clip).items()}
+    found = {name: a / b for name, (a, b) in samples.sample_figures(clip, clip).items()}
     assert found == perfect
     shifted = {n: v.roll(1, -1) if n in ("rgb", "flow", "segmentation", "depth") else v for n, v in clip.items()}
-    for name, (a, b) in train.sample_figures(shifted, clip).items():
+    for name, (a, b) in samples.sample_figures(shifted, clip).items():
         assert (a / b > perfect[name]) == (perfect[name] == 0), name
-    assert train.sample_figures({"rgb": clip["rgb"]}, clip).keys() == {"psnr"}
+    assert samples.sample_figures({"rgb": clip["rgb"]}, clip).keys() == {"psnr"}
 
 
 def test_a_stage_reproduces_a_clip_from_what_moves_at_once(out, monkeypatch):
@@ -266,16 +279,16 @@ def test_a_stage_reproduces_a_clip_from_what_moves_at_once(out, monkeypatch):
     clip["flow"] = torch.where(late[:, None], torch.tensor([0.5, 3.0]).view(2, 1, 1), torch.tensor(0.0))
     clip["flow"][:, 0][clip["segmentation"] == 1] = 1.0
     clip["flow"][0, :, late[0]] = 0.0
-    dreamt = train.dream
-    monkeypatch.setattr(train, "dream", lambda *a, **k: told.update(F=a[7]) or dreamt(*a, **k))
+    dreamt = samples.dream
+    monkeypatch.setattr(samples, "dream", lambda *a, **k: told.update(F=a[7]) or dreamt(*a, **k))
     stage = tiny_stage(replace(STAGE1, vae_factor=2, frames=4))
-    made = train.reproduce(stage, tiny_vae(), tiny_tower(), clip)
+    made = samples.reproduce(stage, tiny_vae(), tiny_tower(), clip)
     assert {name: value.shape for name, value in made.items()} == {
         name: clip[name].shape for name in ("flow", "segmentation", "depth")
     }
     ids = clip["segmentation"][0]
     assert (told["F"][0][:, ids == 2] == 0).all() and (told["F"][0][0, ids == 1] == 1).all()
-    assert train.reproduce(tiny_vae(), tiny_vae(), None, clip)["rgb"].shape == clip["rgb"].shape
+    assert samples.reproduce(tiny_vae(), tiny_vae(), None, clip)["rgb"].shape == clip["rgb"].shape
 
 
 def test_samples_and_validation(monkeypatch, clips, out):
@@ -291,6 +304,21 @@ def test_samples_and_validation(monkeypatch, clips, out):
     assert Image.open(out / "training" / "vae" / "samples" / "step_00000002.png").size == (6 * 24, 8 * 16)
 
 
+def test_validation_is_of_the_moving_average_with_the_same_draws_every_time(monkeypatch, clips, out):
+    told = ("--val", clips, "--val-every", 1, "--val-samples", 0, "--warmup", 1, "--ema", 0.9)
+    run(monkeypatch, clips, out, *told, "--lr", 0, "--save-every", 9, steps=2)
+    first, second = (line["val_loss"] for line in logged(out))
+    assert first == pytest.approx(second, rel=1e-5)  # the moving average rounds
+    run(monkeypatch, clips, out, *told, "--lr", 0.03, steps=4)
+    stage, vae, tower = (weights(out, name) for name in ("stage1", "vae", "image_encoder"))
+    data, losses = CachedClips(ClipDataset(clips), stage.config, vae, tower), []
+    for i in range(5):
+        batch, generator = torch.utils.data.default_collate([data[(i, 0)]]), torch.Generator().manual_seed(i)
+        losses.append(stage.loss(training_batch(stage, batch, vae, generator, Chances()), generator)["loss"].item())
+    assert logged(out)[-1]["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert abs(np.mean(losses) - first) > 1e-3
+
+
 def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
     svd = UNet(UNET_CONFIG)  # 8 channels in, 4 out, as SVD's
     svd.save_pretrained(tmp_path / "svd" / "unet")
@@ -304,24 +332,107 @@ def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
     assert (tmp_path / "new" / "vae" / "config.json").exists()
 
 
-def test_starts_from_a_model_folder(monkeypatch, clips, out, tmp_path, capsys):
-    run(monkeypatch, clips, out, steps=2)
-    copied = tmp_path / "copied"
-    for part in ("vae", "image_encoder"):
-        shutil.copytree(out / part, copied / part)
-    run(monkeypatch, clips, copied, "--start", out, "--lr", 0, steps=1)
-    run(monkeypatch, clips, copied, "--start", out, "--lr", 0, stage="vae", steps=1)
-    for name, part in (("stage1", MotionDreamer), ("vae", VAE)):
-        before, after = (part.from_pretrained(folder, name).state_dict() for folder in (out, copied))
-        for key, value in before.items():
-            torch.testing.assert_close(after[key], value, rtol=1e-6, atol=1e-7)  # the moving average rounds
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, clips, tmp_path / "copied", "--start", out, stage="2", steps=1)
-    assert stop.value.code == 2 and f"{out}/stage2" in capsys.readouterr().err
+def weights(folder, name):
+    return {"vae": VAE, "image_encoder": ImageEncoder}.get(name, MotionDreamer).from_pretrained(folder, name)
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "one", "vae"])
+def test_goes_on_with_what_another_folder_holds(monkeypatch, clips, out, tmp_path, stage):
+    """In a new --out, without a word about its extras, sizes or encoders: `--start demo --out runs/more`."""
+    name, new = {"1": "stage1", "vae": "vae"}.get(stage, "stage2"), tmp_path / "new"
+    extras = {"1": ("told=true", "show_flow=true"), "2": ("draft=true",), "one": ("sigma_mean=0.5",)}.get(stage, ())
+    run(monkeypatch, clips, out, "--set", *extras, "reduce=start", stage=stage, steps=2)
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY | {"stack": 1, "stage1": None, "stage2": None, "vae": None})
+    run(monkeypatch, clips, new, "--start", out, "--lr", 0, stage=stage, steps=1)
+    for part in {name, "vae", "image_encoder"}:
+        before, after = weights(out, part), weights(new, part)
+        if part != "vae" or stage != "vae":  # a VAE's scale is measured anew
+            assert before.config == after.config
+        for key, value in before.state_dict().items():
+            torch.testing.assert_close(after.state_dict()[key], value, rtol=1e-6, atol=1e-7)  # the average rounds
+    if stage != "vae":
+        assert weights(new, name).config.reduce == "start"
+        run(monkeypatch, clips, tmp_path / "more", "--start", out, "--set", "reduce=pixel", stage=stage, steps=1)
+        assert weights(tmp_path / "more", name).config == replace(weights(out, name).config, reduce="pixel")
+
+
+def test_encoders_of_the_model_folder_come_before_those_of_start(monkeypatch, clips, out, tmp_path):
+    run(monkeypatch, clips, out, steps=1)
+    new, other = tmp_path / "new", tiny_vae()
+    other.encoder.conv_in.bias.data += 0.1
+    other.save_pretrained(new / "vae")
+    tiny_tower().save_pretrained(new / "image_encoder")
+    run(monkeypatch, clips, new, "--start", out, steps=1)
+    assert torch.equal(weights(new, "vae").encoder.conv_in.bias, other.encoder.conv_in.bias)
+
+
+def test_only_a_decoder_goes_on_in_a_new_folder(monkeypatch, clips, out, tmp_path):
+    run(monkeypatch, clips, out, stage="vae", steps=1)
+    before, new = weights(out, "vae"), tmp_path / "new"
+    for steps in (1, 2):
+        run(monkeypatch, clips, new, "--start", out, "--decoder-only", stage="vae", steps=steps)
+        after = weights(new, "vae")
+        assert after.config == before.config and after.scaling_factor != tiny_vae().scaling_factor
+        changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
+        assert changed and all(key.startswith("decoder.") for key in changed)
+
+
+def test_what_cannot_be_started_is_said_in_one_line(monkeypatch, clips, out, tmp_path, capsys):
+    run(monkeypatch, clips, out, steps=1)
     shutil.copytree(out / "stage1", out / "stage2")
+    wrong = {
+        f"--start {out}: what it holds is of --stage 1, not 2": ("2", ()),
+        f"--start {out}: what it holds is of --stage 1, not one": ("one", ()),
+        f"--start {out}: size mismatch": ("1", ("--set", "show_flow=true")),
+        "--ablation without_depth": ("1", ("--ablation", "without_depth")),
+        "not allowed with argument": ("1", ("--init", out)),
+    }
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, clips, tmp_path / "copied", "--start", out, stage="2", steps=1)
-    assert stop.value.code == 2 and f"--start {out}: size mismatch" in capsys.readouterr().err
+        run(monkeypatch, clips, out, "--decoder-only", stage="vae", steps=1)  # there are weights, but no checkpoint
+    assert stop.value.code == 2 and "no VAE to go on with" in capsys.readouterr().err
+    capsys.readouterr()
+    for words, (stage, more) in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, clips, tmp_path / "new", "--start", out, *more, stage=stage, steps=1)
+        assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    shutil.rmtree(out / "stage2")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, tmp_path / "new", "--start", out, stage="2", steps=1)
+    assert stop.value.code == 2 and f"{out}/stage2" in capsys.readouterr().err
+    assert not any((tmp_path / "new" / name).exists() for name in ("stage1", "stage2"))
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_a_stage_has_the_fps_of_its_clips(monkeypatch, out, tmp_path, stage):
+    for seed, fps in enumerate((10.0, 10.0, 7.0)):
+        replace(moving_squares(seed), fps=fps).save(tmp_path / "clips" / f"{seed}.safetensors")
+    run(monkeypatch, tmp_path / "clips", out, stage=stage, steps=1)
+    config = weights(out, f"stage{stage}").config
+    assert (config.fps, config.frames, config.height, config.width) == (10, 4, 16, 24)
+    assert (config.vae_factor, config.latent_channels) == (4, 16)  # stacked latents
+
+
+def test_only_extras_make_a_stage_a_small_one(monkeypatch, clips, out, tmp_path):
+    run(monkeypatch, clips, out, "--set", "reduce=pixel", "mask_ratio=0.25", "motion_weight=2", steps=1)
+    config = weights(out, "stage1").config
+    assert type(config) is StageConfig and (config.reduce, config.mask_ratio, config.motion_weight) == (
+        "pixel",
+        0.25,
+        2,
+    )
+    assert config.sigma_max == 80  # from nothing
+    extras = {"told": True, "show_flow": True, "mask_start": 0.5, "still_ratio": 0.25}
+    text = [f"{name}={str(value).lower()}" for name, value in extras.items()]
+    run(monkeypatch, clips, tmp_path / "new", "--start", out, "--set", "told=false", steps=1)
+    assert type(weights(tmp_path / "new", "stage1").config) is SmallStageConfig
+    shutil.rmtree(tmp_path / "new")
+    for part in ("vae", "image_encoder"):
+        shutil.copytree(out / part, tmp_path / "new" / part)
+    run(monkeypatch, clips, tmp_path / "new", "--set", *text, steps=1)
+    stage = weights(tmp_path / "new", "stage1")
+    assert type(stage) is SmallMotionDreamer and extras.items() <= vars(stage.config).items()
+    run(monkeypatch, clips, tmp_path / "new", "--set", "draft=true", stage="2", steps=1)
+    assert weights(tmp_path / "new", "stage2").config.draft
 
 
 # ------------------------------------------------------------------------------------------------------ other processes
@@ -357,28 +468,114 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(clips, out
 def test_a_bad_clip_ends_training_with_one_line(clips, out, tmp_path, workers):
     """Its name and what is wrong, whoever reads it; and no worker stays behind, for which the process would wait."""
     folder = shutil.copytree(clips, tmp_path / "clips")
-    clip = moving_squares(7)
-    clip.flow[1, 0, 2, 3] = math.inf
-    clip.save(folder / "bad.safetensors")
+    moving_squares(7).save(folder / "bad.safetensors")
+    tensors = load_file(folder / "bad.safetensors")
+    tensors["flow"][1, 0, 2, 3] = math.inf  # what `Clip.save` refuses to write
+    save_file(tensors, folder / "bad.safetensors")
     told = [sys.executable, "train.py", *command(folder, out, "--workers", workers, stage="vae", steps=100)]
     done = subprocess.run(told, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     line = f"train.py: {folder}/bad.safetensors: flow holds a value that is not finite\n"
     assert (done.returncode, done.stderr) == (2, line)
 
 
-def test_two_processes_train_one_model(clips, tmp_path):
-    """Whenever they start, DistributedDataParallel checks that both have equal weights."""
-    out = tmp_path / "out"
-    VAE(PRESET["vae"]).save_pretrained(out / "vae")
-    ImageEncoder(PRESET["image_encoder"]).save_pretrained(out / "image_encoder")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    for steps in (2, 3):
-        told = command(clips, out, "--accumulate", 2, steps=steps)
-        done = subprocess.run([*launch, *told], cwd=ROOT, env=environment(), capture_output=True, text=True)
+WATCHED = """
+import sys
+sys.path[:0] = {paths}
+import torch, train
+from tiny import TINY
+train.PRESETS["tiny"], take_step = TINY, train.take_step
+def watched(arguments, machine, task, learner, batches):
+    file = f"{{arguments.out}}/rank_{{machine.rank}}_step_{{learner.step}}.pt"
+    before = {{name: value.clone() for name, value in learner.core.state_dict().items()}}
+    record = take_step(arguments, machine, task, learner, batches)
+    torch.save({{"before": before, "after": learner.core.state_dict(), "ema": learner.ema.state_dict()}} | record, file)
+    return record
+train.take_step = watched
+train.main()
+"""
+SETTINGS = {"lr": 1e-2, "warmup": 2, "cooldown": 0.5, "weight-decay": 0.3, "clip-grad": 0.25, "ema": 0.2, "seed": 3}
+
+
+def by_hand(clips, out, processes, accumulate, steps):
+    """What `processes` would make of Stage I, each with `accumulate` batches of 2 clips a step, in a single loop ->
+    (weights, moving average, loss of each process, norm of the gradient) after every step."""
+    vae, tower = VAE.from_pretrained(out, "vae"), ImageEncoder.from_pretrained(out, "image_encoder")
+    start = torch.load(out / "rank_0_step_0.pt")["before"]
+    stage = MotionDreamer.from_pretrained(out, "stage1").requires_grad_(True)
+    stage.load_state_dict(start)
+    ema = {name: value.clone() for name, value in start.items()}
+    optimizer = torch.optim.AdamW(stage.parameters(), betas=(0.9, 0.99), weight_decay=0.3)
+    data = CachedClips(ClipDataset(clips), stage.config, vae, tower)
+    order = list(islice(ResumableSampler(len(data), seed=3), 2 * processes * accumulate * steps))
+    results = []
+    for step in range(steps):
+        losses, gradients = [], []
+        for rank in range(processes):
+            stage.zero_grad()
+            losses.append(0)
+            for micro in range(accumulate):
+                batch = [((step * accumulate + micro) * 2 + k) * processes + rank for k in (0, 1)]
+                batch = torch.utils.data.default_collate([data[order[place]] for place in batch])
+                generator = torch.Generator().manual_seed(checkpoint.seed_of(3, rank, step, micro))
+                told = training_batch(stage, batch, vae, generator, Chances(0.1, 0.25))
+                loss = stage.loss(told, generator)["loss"].mean() / accumulate
+                loss.backward()
+                losses[-1] += loss.item()
+            gradients.append([value.grad for value in stage.parameters()])
+        for value, *each in zip(stage.parameters(), *gradients, strict=True):
+            value.grad = None if each[0] is None else sum(each) / processes
+        norm = sum(value.grad.double().square().sum() for value in stage.parameters() if value.grad is not None) ** 0.5
+        for value in (value for value in stage.parameters() if value.grad is not None):
+            value.grad *= min(1, 0.25 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, (step + 1) / 2, (steps - step) / (0.5 * steps))
+        optimizer.step()
+        decay = min(0.2, (1 + step) / (10 + step))
+        ema = {name: decay * ema[name] + (1 - decay) * value for name, value in stage.state_dict().items()}
+        results.append(({name: value.clone() for name, value in stage.state_dict().items()}, ema, losses, norm.item()))
+    return results
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 2), (2, 2)])
+def test_processes_and_accumulated_batches_train_as_one_loop_over_all_clips_would(
+    clips, out, tmp_path, processes, accumulate
+):
+    """Weights of all processes, after every step: equal to a loop that is written here, and so to one another."""
+    start, out, script, steps = out, tmp_path / "model", tmp_path / "watched.py", 5
+    config = replace(STAGE1, vae_factor=4, latent_channels=16, frames=4, width=24, height=16)
+    tiny_stage(config).save_pretrained(start / "stage1")  # no weight is 0, so that each has a gradient
+    script.write_text(WATCHED.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
+    for until in (2, steps) if processes == 2 else (steps,):  # a second start checks that both have equal weights
+        told = command(
+            clips,
+            out,
+            "--start",
+            start,
+            "--accumulate",
+            accumulate,
+            "--cooldown",
+            0.5 if until == steps else 0,
+            steps=until,
+        )
+        told += [str(word) for name, value in SETTINGS.items() for word in (f"--{name}", value) if name != "cooldown"]
+        done = subprocess.run([*launch, script, *told], cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in logged(out)] == [1, 2, 3]
-    state = torch.load(out / "training" / "stage1" / "step_00000003.pt")
-    assert state["settings"]["processes"] == 2
+    assert [line["step"] for line in logged(out)] == list(range(1, steps + 1))
+    assert torch.load(out / "training" / "stage1" / f"step_{steps:08d}.pt")["settings"]["processes"] == processes
+    clipped = []
+    for step, (weights, ema, losses, norm) in enumerate(by_hand(clips, out, processes, accumulate, steps)):
+        clipped.append(norm > 0.25)
+        for rank in range(processes):
+            state = torch.load(out / f"rank_{rank}_step_{step}.pt")
+            assert state["loss"] == pytest.approx(losses[rank], rel=1e-4)
+            assert state["grad_norm"] == pytest.approx(norm, rel=1e-3)
+            for name in weights:
+                torch.testing.assert_close(state["after"][name], weights[name], rtol=1e-3, atol=2e-5, msg=name)
+                torch.testing.assert_close(state["ema"][name], ema[name], rtol=1e-3, atol=2e-5, msg=name)
+    assert set(clipped) == {True, False}
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

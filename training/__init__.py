@@ -1,1 +1,1 @@
-"""What train.py stands on: checkpoints, the cache of latents, the small VAE's loss."""
+"""What train.py stands on: sizes, processes, batches, latent cache, checkpoints, samples, the small VAE's loss."""

@@ -102,19 +102,19 @@ def push_alone(
 
 def moves_at_once(start: Tensor) -> Tensor:
     """[B, 2, H, W], each object's flow in the first step -> bool [B, 1, H, W]: objects at least half as fast as the
-    fastest. They were pushed; what they hit moves later. If nothing moves, everything: there is nothing to choose."""
+    fastest. They were pushed; what they hit moves later. If nothing moves, that is everything."""
     speed = start.norm(dim=1, keepdim=True)
-    fastest = speed.amax(dim=(1, 2, 3), keepdim=True)
-    return (2 * speed >= fastest) & (speed > 0) | (fastest == 0)
+    return 2 * speed >= speed.amax(dim=(1, 2, 3), keepdim=True)
 
 
 def some_at_rest(config: StageConfig, clips: Clips, vae: VAE, generator: torch.Generator | None) -> Clips:
     """SmallStageConfig.still_ratio: a share of the clips is shown as if nobody had pushed: flow 0, all else as in frame
-    0."""
+    0, by a camera that stands still. The clip's motion bucket would be wrong, so none is told."""
     if not isinstance(config, SmallStageConfig) or config.still_ratio == 0:
         return clips
     still = chance(config.still_ratio, clips, generator)
-    frozen = {"flow": torch.zeros_like(clips["flow"])}
+    frozen = {"flow": torch.zeros_like(clips["flow"]), "camera": torch.zeros_like(clips["camera"])}
+    frozen["motion_bucket"] = torch.full_like(clips["motion_bucket"], MOTION_BUCKET)
     for name in ("segmentation", *(name for name in clips if name.startswith("latents."))):
         frozen[name] = clips[name][:, :1].expand_as(clips[name])
     if "latents.flow" in clips:

@@ -1,8 +1,8 @@
 """Clips as training reads them, and the latent cache: what the frozen encoders make of every clip, computed once.
 
-The cache lies in DATA/.cache/KEY/, one file for each clip and modality; KEY says which encoders, which version of the
-pictures and how many frames. Latents only: everything that a step draws anew (training/batch.py) is computed from the
-clip itself.
+The cache lies in DATA/.cache/KEY/, one file for each clip and modality; KEY says which encoders, which scale of
+latents, which version of the pictures and how many frames. Latents only: everything that a step draws anew
+(training/batch.py) is computed from the clip itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -46,20 +47,26 @@ def with_marks(clip: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def encode_clips(
-    clips: dict[str, Tensor], stage: MotionDreamer, vae: VAE, image_encoder: ImageEncoder
+    clips: dict[str, Tensor],
+    stage: MotionDreamer,
+    vae: VAE,
+    image_encoder: ImageEncoder,
+    modalities: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """A batch of clips -> "token" and the latents that this stage needs, in both variants where objects show.
+    """A batch of clips -> "token" and the latents that this stage needs, of all modalities or of some, in both variants
+    where objects show.
 
     "latents.NAME" and, of what shows objects, "latents.NAME.marked": [B, T, C, h, w], scaled; frame 0 alone where the
     stage needs no more.
     """
     firsts = {"segmentation": clips["segmentation"][:, 0], "depth": clips["depth"][:, 0]}
     found = {"token": image_encoder(clips["rgb"][:, 0])}
-    for name in stage.config.latents:
+    needed = [name for name in stage.config.latents if modalities is None or name in modalities]
+    for name in needed:
         found[f"latents.{name}"] = stage.encode(name, clips, firsts, vae)
     kept = clips["marked"].gather(1, clips["segmentation"].flatten(1)).view_as(clips["segmentation"])
     some = clips | {"segmentation": clips["segmentation"] * kept}
-    for name in (name for name in OF_OBJECTS if name in stage.config.latents):
+    for name in (name for name in OF_OBJECTS if name in needed):
         told = firsts | {"segmentation": some["segmentation"][:, 0]}  # colours by place among what is marked
         found[f"latents.{name}.marked"] = stage.encode(name, some, told, vae)
     return found
@@ -87,7 +94,7 @@ class CachedClips(TrainingClips):
     def __init__(self, clips: ClipDataset, config: StageConfig, vae: VAE, image_encoder: ImageEncoder) -> None:
         super().__init__(clips)
         encoders = fingerprint(vae.encoder, vae.quant_conv, image_encoder)
-        key = f"{encoders}-{config.vae_factor}-{CODEC_VERSION}-{clips.frames}"
+        key = f"{encoders}-{vae.scaling_factor:g}-{config.vae_factor}-{CODEC_VERSION}-{clips.frames}"
         self.folder = Path(clips.paths[0]).parent / ".cache" / key
         self.names = {"token": "token"}  # in a clip's dict -> in its file's name
         for name, every_frame in config.latents.items():
@@ -106,11 +113,12 @@ class CachedClips(TrainingClips):
     ) -> CachedClips:
         """Makes what is missing, ENCODED_TOGETHER clips at a time, in half precision; waits for the other processes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = {}  # index of a clip -> digest of its file
+        missing, content = {}, {}  # by the index of a clip: names of what it lacks; digest of its file
         for i in range(rank, len(self), world_size):
-            content = hashlib.blake2b(Path(self.clips.paths[i]).read_bytes(), digest_size=16).hexdigest()
-            if any(content_of(self.file(i, name)) != content for name in self.names):
-                missing[i] = content
+            content[i] = hashlib.blake2b(Path(self.clips.paths[i]).read_bytes(), digest_size=16).hexdigest()
+            if lacking := [name for name in self.names if content_of(self.file(i, name)) != content[i]]:
+                missing[i] = lacking
+        modalities = {name.split(".")[1] for lacking in missing.values() for name in lacking if name != "token"}
         order, device = [(i, 0) for i in missing], next(vae.parameters()).device
         loader = torch.utils.data.DataLoader(
             TrainingClips(self.clips), ENCODED_TOGETHER, sampler=order, num_workers=workers if missing else 0
@@ -118,13 +126,13 @@ class CachedClips(TrainingClips):
         for batch in tqdm(loader, "encoding clips", disable=rank > 0 or not missing, leave=False):
             with autocast:
                 batch = {name: value.to(device) for name, value in batch.items()}
-                found = encode_clips(batch, stage, vae, image_encoder)
+                found = encode_clips(batch, stage, vae, image_encoder, modalities)
             found = {name: value.half().cpu() for name, value in found.items()}
             for row, i in enumerate(batch["index"].tolist()):
-                for name in self.names:
+                for name in missing[i]:
                     file = self.file(i, name)
                     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-                    save_file({"latents": found[name][row].contiguous()}, partial, {"content": missing[i]})
+                    save_file({"latents": found[name][row].contiguous()}, partial, {"content": content[i]})
                     os.replace(partial, file)
         if world_size > 1:
             dist.barrier()
