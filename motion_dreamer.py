@@ -1,5 +1,4 @@
-"""Motion Dreamer (arXiv 2412.00547 v1): two video diffusion stages on Stable Video Diffusion (SVD). Read this file
-first.
+"""Motion Dreamer (arXiv 2412.00547 v1): two video diffusion stages on Stable Video Diffusion. Read this file first.
 
 Stage I reasons about motion. It is told the first frame I_0, its segmentation S_0 and depth D_0, and a few arrows, and
 generates the motion representation R_t = (O_t, S_t, D_t) of every frame: optical flow, instance segmentation, depth.
@@ -185,9 +184,8 @@ class FlowControl(nn.Module):
         for _ in range(int(math.log2(self.factor))):
             stem += [nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, stride=2, padding=1)]
         self.stem = nn.Sequential(*stem)
-        self.down = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Conv2d(a, b, 3, stride=2, padding=1)) for a, b in pairwise(widths)
-        )
+        down = (nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.down = nn.ModuleList(nn.Sequential(nn.SiLU(), conv) for conv in down)
         self.features = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, channels, strict=True))
         self.metrics = nn.ModuleList(nn.Conv2d(a, 1, 1) for a in widths)
         for layer in self.features:
@@ -272,9 +270,8 @@ class MotionDreamer(nn.Module):
     def __init__(self, stage_config: StageConfig, unet_config: UNetConfig) -> None:
         super().__init__()
         self.config = stage_config
-        self.unet = UNet(
-            replace(unet_config, in_channels=stage_config.in_channels, out_channels=stage_config.out_channels)
-        )
+        channels = {name: getattr(stage_config, name) for name in ("in_channels", "out_channels")}
+        self.unet = UNet(replace(unet_config, **channels))
         if stage_config.control != "none":
             self.flow_control = FlowControl(self.unet.residual_channels, stage_config)
         self.camera = CameraEncoder(unet_config.cross_attention_dim, self.unet.temporal_query_channels)
@@ -319,9 +316,8 @@ class MotionDreamer(nn.Module):
 
     def control(self, cond: Condition, frames: int) -> tuple[list[Tensor] | None, Tensor, list[Tensor]]:
         """What does not depend on the noise, computed once per clip: W^(s), context, camera offsets of the queries."""
-        warped = None
-        if self.config.control != "none":
-            warped = self.flow_control(cond.first_pictures, cond.F, frames)
+        controlled = self.config.control != "none"
+        warped = self.flow_control(cond.first_pictures, cond.F, frames) if controlled else None
         e_cam, queries = self.camera(cond.camera)
         return warped, cond.token + e_cam, queries  # H' = H + e_cam
 
@@ -352,12 +348,8 @@ class MotionDreamer(nn.Module):
         M = nnf.adaptive_max_pool2d(batch.M, x0.shape[-2:])[:, None]
         recon, motion = error.mean(dim=(1, 2, 3, 4)), (error * M).mean(dim=(1, 2, 3, 4))
         parts = error.mean(dim=(1, 3, 4)).view(len(x0), len(config.predict), -1).mean(-1)
-        return {
-            "loss": recon + config.motion_weight * motion,
-            "recon": recon,
-            "motion": motion,
-            **{name: parts[:, i] for i, name in enumerate(config.predict)},
-        }
+        losses = {"loss": recon + config.motion_weight * motion, "recon": recon, "motion": motion}
+        return losses | {name: parts[:, i] for i, name in enumerate(config.predict)}
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """`loss`; DistributedDataParallel wants it under this name."""
@@ -485,14 +477,12 @@ def dream(
     """
     B, H, W, device = len(image), *image.shape[-2:], image.device
     fps = (stage1 or stage2).config.fps if fps is None else fps
+    shown = {"rgb": image, "segmentation": segmentation, "depth": depth}
     told = Told(
         image=image,
         segmentation=torch.zeros(B, H, W, dtype=torch.long, device=device) if segmentation is None else segmentation,
         depth=torch.ones(B, H, W, device=device) if depth is None else depth,
-        present={
-            name: torch.full((B,), value is not None, device=device)
-            for name, value in {"rgb": image, "segmentation": segmentation, "depth": depth}.items()
-        },
+        present={name: torch.full((B,), value is not None, device=device) for name, value in shown.items()},
         F=F,
         mask=(F != 0).any(dim=1, keepdim=True).to(F) if mask is None else mask,
         camera=torch.zeros(B, 2, device=device) if camera is None else camera,
@@ -540,8 +530,7 @@ class SmallStageConfig(StageConfig):
 
 
 class SmallMotionDreamer(MotionDreamer):
-    """A stage with a SmallStageConfig: each method adds its extras to the paper's. (mask_start and still_ratio concern
-    training alone: training/batch.py.)"""
+    """A stage with a SmallStageConfig: each method adds extras to the paper's. Those of training: training/batch.py."""
 
     def encode(self, name: str, maps: Maps, firsts: dict[str, Tensor | None], vae: VAE) -> Tensor:
         if name == "draft":
