@@ -12,8 +12,8 @@ The model is told what a user would tell it: first frame, its ids and depth, and
 object that was pushed. The clips' own truth comes from clips.simulate, which also says what another push would have
 done.
 
-The measures themselves are in metrics/. `Maps` are flow [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb
-[T, 3, H, W] of one clip, by the names of `Clip.tensors`.
+The measures themselves are in metrics/, what trains the rows of a table is in training/tables.py. `Maps` are flow
+[T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb [T, 3, H, W] of one clip, by the names of `Clip.tensors`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
-import shutil
-import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,56 +39,16 @@ from tqdm import tqdm
 import metrics
 from clips import Clip, ClipDataset, Motion
 from instance_flow import instance_flow
-from metrics.motion import Maps, Sums
-from metrics.physics import Scene
-from metrics.trackers import Pips, chain_flow, lucas_kanade
-from motion_dreamer import ABLATIONS, STAGE2, MotionDreamer, StageConfig, dream
+from metrics import COLUMNS, LABELS, Features, Maps, Scene, Sums, cell, extractors_of, frozen, line, markdown
+from motion_dreamer import MotionDreamer, StageConfig, dream
 from svd import VAE, ImageEncoder
 from training.cache import fingerprint
 from training.checkpoint import seed_of
+from training.tables import TABLES, train_row
 from training.vae import round_trip
 from weights import save_safetensors
 
 STRONGER = 1.6  # how much harder the harder push is
-
-
-# ---------------------------------------------------------------------------------------------- names of the figures
-
-LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is better
-    "ids_miou": "ids mIoU, all frames, with background ↑",
-    "epe_relative": "flow error on moving pixels / that of zero flow ↓",
-    "epe_moving": "flow error on moving pixels, px ↓",
-    "epe_all": "flow error on all pixels, px ↓",
-    "psnr": "Stage II given true motion: PSNR, dB, pushed clips ↑",
-    "psnr_own": "Stage II given own motion: PSNR, dB, pushed clips ↑",
-    "painted_ids": "Stage II given own motion: mIoU of ids by colour with its ids ↑",
-    "fallen_carried": "which have fallen, frame-0 ids carried by flow, balanced accuracy ↑",
-    "fallen_ids": "which have fallen, generated ids, balanced accuracy ↑",
-    "all_right_carried": "clips with all of them right, carried ↑",
-    "all_right_ids": "clips with all of them right, ids ↑",
-    "gap_carried": "wide-gap clips with all of them right, carried ↑",
-    "gap_ids": "wide-gap clips with all of them right, ids ↑",
-    "iou_last": "mask IoU per object, last frame, ids ↑",
-    "iou_last_carried": "mask IoU per object, last frame, carried ↑",
-    "silhouette_last": "silhouette IoU, last frame, ids ↑",
-    "both_ways": "push and opposite push: both go the right way ↑",
-    "both_all_right": "push and opposite push: all that fell right in both ↑",
-    "standing": "all told to stay: objects that stay standing ↑",
-    "quiet": "all told to stay: mean flow / that with the arrow ↓",
-    "sooner": "push 1.6 times as hard: half of the motion sooner ↑",
-    "iou_mean": "mask IoU per object, mean over frames ↑",
-    "depth_absrel": "depth AbsRel, all pixels ↓",
-    "depth_absrel_objects": "depth AbsRel, objects ↓",
-    "centroid_ade": "centroid ADE, px ↓",
-    "centroid_fde": "centroid FDE, px ↓",
-    "contacts": "which pairs touch, ids and depth, balanced accuracy ↑",
-    "contacts_video": "which pairs touch, video by colour, balanced accuracy ↑",
-    "fallen_video": "which have fallen, video by colour, balanced accuracy ↑",
-    "moved": "which objects move, carried, balanced accuracy ↑",
-    "control_angle": "angle between arrow and motion, degrees ↓",
-    "control_length": "length of motion / length of arrow (1)",
-    "permanence": "object frames in which the object is still there ↑",
-}
 
 
 # -------------------------------------------------------------------------------------------------- scenes and samples
@@ -106,12 +63,6 @@ def truth_of(path: Path, frames: int, device: str) -> Scene:
         F = instance_flow(maps["flow"], maps["segmentation"]).norm(dim=0)
         meta["pushed"] = maps["segmentation"][0].flatten()[F.argmax()].item() if F.max() > 0 else 0
     return Scene(path, {"arrow": maps}, {"arrow": meta})
-
-
-def frozen(maps: Maps) -> Maps:
-    """Nothing moves: the first frame again and again, flow 0."""
-    repeated = {name: maps[name][:1].expand_as(maps[name]) for name in ("rgb", "segmentation", "depth")}
-    return maps | repeated | {"flow": torch.zeros_like(maps["flow"])}
 
 
 def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
@@ -257,28 +208,6 @@ def expand(value: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- Frechet distances
 
-Extractor = tuple[str, Callable[[Tensor], Tensor]]  # the map that it looks at, and the features [M, D] of one clip
-
-
-def extractors_of(arguments: argparse.Namespace, device: str) -> dict[str, list[Extractor]]:
-    """By the name that is printed; of several extractors (random networks), the distances are averaged."""
-    found: dict[str, list[Extractor]] = {}
-    if "fvd" in arguments.metrics:
-        if arguments.i3d:
-            network = metrics.I3D(arguments.i3d, device)
-            found[f"FVD (I3D {network.sha256[:8]}, 224x224) ↓"] = [("rgb_own", network)]
-        for name, motion in (("rfvd_app (not FVD) ↓", False), ("rfvd_mot (not FVD) ↓", True)):
-            found[name] = [("rgb_own", partial(metrics.random_features, seed=seed, motion=motion)) for seed in range(3)]
-    if "fvmd" in arguments.metrics:
-        if "lk" in arguments.trackers:
-            found["FVMD (Lucas-Kanade) ↓"] = [("rgb_own", partial(metrics.tracked_features, lucas_kanade))]
-        if "pips" in arguments.trackers:
-            track = partial(metrics.tracked_features, Pips.load(arguments.pips, device), enlarge=True)
-            found["FVMD (PIPs++) ↓"] = [("rgb_own", track)]
-        if "flow" in arguments.trackers:
-            found["FVMD (chained flow) ↓"] = [("flow", partial(metrics.tracked_features, chain_flow))]
-    return found
-
 
 def exact_features(scene: Scene) -> Tensor:
     """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
@@ -288,36 +217,6 @@ def exact_features(scene: Scene) -> Tensor:
     return metrics.tracked_features(
         lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
     )[:1]
-
-
-class Features:
-    """Features of clips by name and source, and the Frechet distances between their sets."""
-
-    def __init__(self, extractors: dict[str, list[Extractor]], exact: bool) -> None:
-        self.extractors, self.exact, self.found = extractors, exact, {}
-
-    def add(self, source: str, maps: Maps, scene: Scene) -> None:
-        for name, several in self.extractors.items():
-            for k, (modality, extract) in enumerate(several):
-                if modality in maps:
-                    self.found.setdefault((name, k), {}).setdefault(source, []).append(extract(maps[modality]))
-        if self.exact and source == "truth":
-            self.found.setdefault("exact", {}).setdefault("truth", []).append(exact_features(scene))
-
-    def distances(self, source: str) -> dict[str, dict]:
-        """Distance of a source's set from the truth's; for "truth" the floor, one half of it against the other."""
-        figures = {}
-        for name, several in self.extractors.items():
-            parts = [self.found.get((name, k), {}) for k in range(len(several))]
-            if all(source in part for part in parts):
-                pairs = [(part[source], part["truth"]) for part in parts]
-                ddof, scaled = 0 if name.startswith("FVD") else 1, name.startswith("rfvd")  # FVD's covariance is over N
-                figures[name] = metrics.set_distance(pairs, source == "truth", ddof, scaled)
-        for name in self.extractors if source == "truth" and self.exact else ():
-            if name.startswith("FVMD"):
-                pair = (self.found[(name, 0)]["truth"], self.found["exact"]["truth"])
-                figures[f"{name[:-2]}: its tracks of the truth against exact tracks ↓"] = metrics.set_distance([pair])
-        return figures
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
@@ -403,64 +302,58 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     or if it is filled already, for the same clips and VAE, spares measuring that again."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     model = Model.load(folder, device)
-    config = model.stage2.config
-    clips = ClipDataset(arguments.val, config.frames)
-    if clips.height % config.vae_factor or clips.width % config.vae_factor:
-        size = f"{clips.width}x{clips.height}"
-        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {config.vae_factor}")
+    frames, clips = model.stage2.config.frames, clips_of(arguments, model.stage2.config)
     paths = clips.paths[: arguments.clips]
-    cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
-    told = {name: getattr(arguments, name) for name in ("sampling_steps", "guidance", "seed", "batch")}
-    sampler, shared = Sampler(model, cache, told), {} if shared is None else shared
-    features, alone = Features(extractors_of(arguments, device), "exact" in arguments.trackers), bool(shared)
-    rows = dict(shared.get("rows", {}))
-    features.found = {key: dict(found) for key, found in shared.get("features", {}).items()}
+    sampler = sampler_of(arguments, model)
+    features, rows, shared = features_of(arguments, device), {}, {} if shared is None else shared
+    if alone := bool(shared):
+        rows, features.found = dict(shared["rows"]), {key: dict(found) for key, found in shared["features"].items()}
+
+    # A batch of clips at a time: what is true, what the model makes of it, and how far they differ.
     for i in tqdm(range(0, len(paths), arguments.batch), folder.name, unit="batch", disable=arguments.quiet):
-        scenes = [truth_of(path, config.frames, device) for path in paths[i : i + arguments.batch]]
+        scenes = [truth_of(path, frames, device) for path in paths[i : i + arguments.batch]]
         for scene in scenes if "demo" in arguments.metrics else []:
-            add_other_pushes(scene, cache, device)
+            add_other_pushes(scene, sampler.cache, device)
         for source, found in measure(scenes, sampler, arguments, features, alone).items():
             rows.setdefault(source, []).extend(found)
     if not alone:
         shared["rows"] = {source: found for source, found in rows.items() if source in BESIDE}
         shared["features"] = {key: {s: f[s] for s in BESIDE if s in f} for key, f in features.found.items()}
+
     order = ["model", *sorted(rows.keys() - {"model", *BESIDE}), *BESIDE]
     figures = {source: metrics.summarise(rows[source]) | features.distances(source) for source in order}
-    rules = ("MOVING", "TILT", "HEIGHT", "RIGHT_WAY", "CONTACT", "CONTACT_PIXELS", "RESAMPLES", "SET_RESAMPLES")
     settings = vars(arguments) | {
-        "model": str(folder), "weights": model.weights(), "frames": config.frames, "size": [clips.width, clips.height],
+        "model": str(folder), "weights": model.weights(), "frames": frames, "size": [clips.width, clips.height],
         "clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name, "device": device,
-        "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1),
-        "rules": {name: getattr(metrics, name) for name in rules} | {"STRONGER": STRONGER},
+        "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1), "rules": rules(),
     }  # fmt: skip
     return {"figures": figures, "settings": settings}
 
 
-def cell(figure: dict | None) -> str:
-    """A figure with its interval: three digits after the point, or none where it is large."""
-    if figure is None or math.isnan(figure["value"]):
-        return "-"
-    digits = 3 if abs(figure["value"]) < 10 else 1
-    low, high = figure["interval"]
-    return f"{figure['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def clips_of(arguments: argparse.Namespace, config: StageConfig) -> ClipDataset:
+    """Raises ValueError when the model cannot take clips of this length or size."""
+    clips = ClipDataset(arguments.val, config.frames)
+    if clips.height % config.vae_factor or clips.width % config.vae_factor:
+        size = f"{clips.width}x{clips.height}"
+        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {config.vae_factor}")
+    return clips
 
 
-COLUMNS = {"model": "model", "still": "nothing moves", "codec": "truth through the VAE", "truth": "truth"}
+def sampler_of(arguments: argparse.Namespace, model: Model) -> Sampler:
+    cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
+    return Sampler(model, cache, {n: getattr(arguments, n) for n in ("sampling_steps", "guidance", "seed", "batch")})
 
 
-def markdown(result: dict) -> str:
-    """A table: a figure a line, a source a column; ↑ more is better, ↓ less is better."""
-    figures, names = result["figures"], {}
-    for found in figures.values():
-        names |= dict.fromkeys(found)
-    shown = [name for name in LABELS if name in names] + [n for n in names if n not in LABELS and " " in n]
-    lines = [" | ".join(["| figure", *(COLUMNS.get(source, source) for source in figures), "clips |"])]
-    lines.append("|---" * (len(figures) + 2) + "|")
-    for name in shown:
-        cells = [cell(figures[source].get(name)) for source in figures]
-        counted = max(found[name]["clips"] for found in figures.values() if name in found)
-        lines.append("| " + " | ".join([LABELS.get(name, name), *cells, str(counted)]) + " |")
-    return "\n".join([*lines, "", footnote(result["settings"])])
+def features_of(arguments: argparse.Namespace, device: str) -> Features:
+    extractors = extractors_of(arguments.metrics, arguments.trackers, arguments.i3d, arguments.pips, device)
+    return Features(extractors, exact_features if "exact" in arguments.trackers else None)
+
+
+def rules() -> dict[str, float]:
+    """What the measures count by, from the modules that use it."""
+    of = {metrics.motion: ("MOVING", "RESAMPLES"), metrics.frechet: ("SET_RESAMPLES",)}
+    of[metrics.physics] = ("TILT", "HEIGHT", "RIGHT_WAY", "CONTACT", "CONTACT_PIXELS")
+    return {name: getattr(module, name) for module, names in of.items() for name in names} | {"STRONGER": STRONGER}
 
 
 def footnote(settings: dict) -> str:
@@ -476,89 +369,22 @@ def footnote(settings: dict) -> str:
 
 SHOWN = ("contacts_video", "fallen_video", "contacts", "epe_relative", "iou_last")  # beside Frechet distances
 
-# FVD and FVMD of Tables 1 and 3, on Physion with SVD's weights; by the name of our row: label, what trains it.
-TABLES = {
-    1: {
-        "one_stage": ("One-stage*", 173.0, 224.3),
-        "sparse_flow": ("MOFA-Video (ours: its sparse flow in our model)", 170.1, 226.2),
-        "motion_dreamer": ("Ours", 157.8, 205.1),
-    },
-    3: {
-        "motion_dreamer": ("Motion Dreamer", 157.8, 205.2),
-        "without_segmentation": ("w/o segmentation map", 243.7, 259.0),
-        "without_depth": ("w/o depth map", 167.0, 228.8),
-        "without_flow": ("w/o optical flow", 173.0, 224.3),
-        "without_motion_loss": ("w/o motion enhancement loss", 165.1, 210.1),
-        "sparse_flow": ("sparse optical flow", 169.1, 217.5),
-    },
-}
-
-
-# Hundreds of steps, not thousands: warm up soon, cool down for long, average over little.
-RECIPE = ["--lr", "8e-4", "--warmup", "30", "--cooldown", "0.6", "--ema", "0.99", "--sample-every", "0"]
-
-
-def train_row(row: str, arguments: argparse.Namespace) -> Path:
-    """Trains a row's model under --runs unless it is there: the same data, VAE, steps and seed for every row.
-
-    A Stage II that is configured as that of the full model is that one: it would train to the same weights."""
-    root = Path(arguments.runs)
-    name = f"{arguments.preset}-{arguments.steps}-{arguments.seed}"
-    base, folder = root / f"{name}-vae", root / f"{name}-{row}"
-    told = ["--preset", arguments.preset, "--data", arguments.data, "--seed", str(arguments.seed)]
-    told += ["--steps", str(arguments.steps), "--batch", str(arguments.train_batch), *RECIPE]
-    if not arguments.codec:
-        train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
-    for part in ("vae", "image_encoder"):
-        shutil.copytree(Path(arguments.codec or base) / part, folder / part, dirs_exist_ok=True)
-    told += ["--precision", arguments.precision] if arguments.precision else []
-    told += ["--val", arguments.val, "--val-every", str(arguments.steps)]
-    told += ["--set", *arguments.set] if arguments.set else []
-    if row == "one_stage":
-        train(folder, "one", told, arguments.quiet)
-        return folder
-    train(folder, "1", [*told, "--ablation", row], arguments.quiet)
-    if row != "motion_dreamer" and ABLATIONS[row][1] == STAGE2:
-        shutil.copytree(train_row("motion_dreamer", arguments) / "stage2", folder / "stage2", dirs_exist_ok=True)
-    else:
-        train(folder, "2", [*told, "--ablation", row], arguments.quiet)
-    return folder
-
-
-def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
-    """Runs train.py; a finished stage is left as it is, a killed one goes on. Raises ValueError when it fails, or when
-    it was finished with other settings."""
-    finished = folder / f"finished_{stage}.json"
-    if finished.exists():
-        if json.loads(finished.read_text()) != told:
-            raise ValueError(f"{finished}: was trained with other settings: take another --runs")
-        return
-    script = Path(__file__).with_name("train.py")
-    command = [sys.executable, str(script), "--stage", stage, "--out", str(folder), *told]
-    done = subprocess.run(command + ["--quiet"] * quiet, stdout=sys.stderr)
-    if done.returncode:
-        raise ValueError(f"{folder}: train.py --stage {stage} ended with exit code {done.returncode}")
-    finished.write_text(json.dumps(told))
-
 
 def table(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Our rows beside the paper's: Markdown, and the figures of every row."""
-    arguments.metrics, shared = ["fvd", "fvmd", "physics"], {}
-    results = {row: evaluate(arguments, train_row(row, arguments), shared) for row in TABLES[arguments.table]}
-    figures = {row: result["figures"]["model"] for row, result in results.items()}
-    some = next(iter(results.values()))["figures"]
-    names = [n for n in some["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
-    lines = ["| " + " | ".join(["method", "paper: FVD ↓", "paper: FVMD ↓", *(LABELS.get(n, n) for n in names)]) + " |"]
+    arguments.metrics, shared, rows = ["fvd", "fvmd", "physics"], {}, TABLES[arguments.table]
+    results = {row: evaluate(arguments, train_row(row, arguments), shared) for row in rows}
+    some = next(iter(results.values()))
+    names = [n for n in some["figures"]["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
+    lines = [line(["method", "paper: FVD ↓", "paper: FVMD ↓", *(LABELS.get(n, n) for n in names)])]
     lines.append("|---" * (len(names) + 3) + "|")
-    for row, (label, fvd, fvmd) in TABLES[arguments.table].items():
-        lines.append(
-            "| " + " | ".join([label, str(fvd), str(fvmd), *(cell(figures[row].get(n)) for n in names)]) + " |"
-        )
-    for source in BESIDE:
-        lines.append("| " + " | ".join([COLUMNS[source], "", "", *(cell(some[source].get(n)) for n in names)]) + " |")
-    ours = f"Ours: preset {arguments.preset}, {arguments.steps} steps a stage; {footnote(results[row]['settings'])}"
-    lines += ["", f"{ours} The paper: SVD's size, Physion. Only the order of rows compares."]
-    return "\n".join(lines), results
+    told = [
+        ([label, str(fvd), str(fvmd)], results[row]["figures"]["model"]) for row, (label, fvd, fvmd) in rows.items()
+    ]
+    told += [([COLUMNS[source], "", ""], some["figures"][source]) for source in BESIDE]
+    lines += [line([*first, *(cell(figures.get(n)) for n in names)]) for first, figures in told]
+    ours = f"Ours: preset {arguments.preset}, {arguments.steps} steps a stage; {footnote(some['settings'])}"
+    return "\n".join([*lines, "", f"{ours} The paper: SVD's size, Physion. Only the order of rows compares."]), results
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -620,7 +446,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("expected --model DIR or --table 1 or 3")
         arguments.val = arguments.data
         result = evaluate(arguments, Path(arguments.model))
-        text = markdown(result)
+        text = f"{markdown(result['figures'])}\n\n{footnote(result['settings'])}"
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
     partial_file = path.with_name(f"{path.name}.partial")
     partial_file.write_text(json.dumps(result, indent=1) + "\n")

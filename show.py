@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from inputs.arrows import Arrows
+from inputs import Arrows
 
 # ----------------------------------------------------------------------------------------------- pictures of flow
 

@@ -16,10 +16,11 @@ from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import evaluate
 import metrics
-from evaluate import frozen, truth_of
-from metrics import frechet
+from evaluate import truth_of
+from metrics import frechet, frozen
 from metrics.trackers import Pips, chain_flow, lucas_kanade
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2
+from training import tables
 
 simulate = pytest.importorskip("clips.simulate")
 from tracking import object_pixels, simulated, tracking_errors  # noqa: E402 (it needs the simulator)
@@ -412,7 +413,7 @@ def run(monkeypatch, *arguments):
 
 def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
-    monkeypatch.setattr(evaluate, "lucas_kanade", partial(lucas_kanade, levels=1, iterations=1))
+    monkeypatch.setattr(metrics.features, "lucas_kanade", partial(lucas_kanade, levels=1, iterations=1))
     told = ["--model", folders / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
     told += ["--batch", 2, "--quiet", "--json", tmp_path / "all.json", "--clips", 2]
     run(monkeypatch, *told, "--metrics", "physics,fvd,fvmd,demo", "--samples", 2, "--trackers", "lk,flow,exact")
@@ -422,6 +423,8 @@ def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
     assert printed.count("its tracks of the truth against exact tracks") == 2
     result = json.loads((tmp_path / "all.json").read_text())
     assert result["settings"]["clips"] == 2 and len(result["settings"]["weights"]) == 12
+    rules = result["settings"]["rules"]
+    assert rules["SET_RESAMPLES"] == 3 and rules["MOVING"] == 0.1 and rules["TILT"] == 30  # what was counted by
     still = result["figures"]["still"]
     assert still["epe_relative"]["value"] == pytest.approx(1) and still["standing"]["value"] == 1
     assert result["figures"]["truth"]["all_right_ids"]["clips"] == 2
@@ -463,7 +466,7 @@ def test_table_1(folders, monkeypatch, capsys, tmp_path):
         source = folders / ("one" if folder.name.endswith("one_stage") else "model")
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(evaluate, "train", train)
+    monkeypatch.setattr(tables, "train", train)
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
     told = [
         "--trackers",
@@ -496,15 +499,15 @@ def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
         assert "--set" in told and (folder / "vae").exists()
         shutil.copytree(folders / "model" / f"stage{stage}", folder / f"stage{stage}", dirs_exist_ok=True)
 
-    monkeypatch.setattr(evaluate, "train", train)
+    monkeypatch.setattr(tables, "train", train)
     told = ["--table", 3, "--data", "data", "--val", "val", "--codec", folders / "model", "--runs", tmp_path / "runs"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, told), "--steps", "5", "--set", "mask_ratio=0.7"])
     arguments = evaluate.parse_arguments()
-    folder = evaluate.train_row("without_motion_loss", arguments)
+    folder = tables.train_row("without_motion_loss", arguments)
     full = "tiny-5-0-motion_dreamer"
     assert commands == [("tiny-5-0-without_motion_loss", "1"), (full, "1"), (full, "2")]
     assert (folder / "stage2" / "config.json").exists()
-    evaluate.train_row("without_flow", arguments)
+    tables.train_row("without_flow", arguments)
     assert [c[1] for c in commands[3:]] == ["1", "2"]
 
 
