@@ -9,8 +9,8 @@ first frame repeated, flow 0), of "codec" (the truth through the VAE and back: n
 and of "truth" (what the measure itself says of perfect motion). Brackets are 95 % bootstrap intervals over clips.
 
 The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the instance flow of the
-object that was pushed. The clips' own truth comes from clips.simulate, which also says what another push would have
-done.
+object that was pushed. A careless user marks no other object: --marked pushed. The clips' own truth comes from
+clips.simulate, which also says what another push would have done.
 
 The measures themselves are in metrics/, what trains the rows of a table is in training/tables.py. `Maps` are flow
 [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb [T, 3, H, W] of one clip, by the names of `Clip.tensors`.
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 import zlib
@@ -37,10 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from clips import Clip, ClipDataset, Motion
+from clips import CODEC_VERSION, Clip, ClipDataset, Motion
 from instance_flow import instance_flow
 from metrics import COLUMNS, LABELS, Features, Maps, Scene, Sums, cell, extractors_of, frozen, line, markdown
 from motion_dreamer import MotionDreamer, StageConfig, dream
+from show import written_whole
 from svd import VAE, ImageEncoder
 from training.cache import fingerprint
 from training.checkpoint import seed_of
@@ -54,14 +54,18 @@ STRONGER = 1.6  # how much harder the harder push is
 # -------------------------------------------------------------------------------------------------- scenes and samples
 
 
-def truth_of(path: Path, frames: int, device: str) -> Scene:
-    """A clip as it is. Without a simulator's meta, the object that moves most counts as the one that was pushed."""
+def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene:
+    """A clip as it is. Without a simulator's meta, the object that moves most counts as the one that was pushed.
+
+    marked="pushed": its ids show the pushed object alone (where there is one), to the model and to the measures."""
     clip = Clip.load(path, 0, frames)
     maps = {name: value.to(device) for name, value in clip.tensors().items()}
     meta = dict(clip.meta)
     if "pushed" not in meta:
         F = instance_flow(maps["flow"], maps["segmentation"]).norm(dim=0)
         meta["pushed"] = maps["segmentation"][0].flatten()[F.argmax()].item() if F.max() > 0 else 0
+    if marked == "pushed" and meta["pushed"]:
+        maps["segmentation"] = maps["segmentation"] * (maps["segmentation"] == meta["pushed"])
     return Scene(path, {"arrow": maps}, {"arrow": meta})
 
 
@@ -89,6 +93,16 @@ def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
         scene.truth[kind], scene.meta[kind] = other.truth["arrow"], other.meta["arrow"]
 
 
+def exact_features(scene: Scene) -> Tensor:
+    """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
+    from clips.simulate import tracks  # needs mujoco, which nothing else here does
+
+    clip = Clip.load(scene.path, 0, metrics.WINDOW)
+    return metrics.tracked_features(
+        lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
+    )[:1]
+
+
 @dataclass
 class Model:
     """What a model folder holds; stage1 is None for the one-stage model of Table 1."""
@@ -106,20 +120,21 @@ class Model:
         vae = VAE.from_pretrained(folder, "vae", **kept).eval()
         return cls(stage1, stage2, vae, ImageEncoder.from_pretrained(folder, "image_encoder", **kept).eval())
 
-    def weights(self, *parts: str) -> str:
-        """Fingerprint of these parts; of all, if none is named."""
+    def identity(self, *parts: str) -> list[str]:
+        """Fingerprint of the weights of these parts, and their configurations; of all, if none is named."""
         named = [getattr(self, name) for name in parts or vars(self)]
-        return fingerprint(*(part for part in named if part is not None))
+        named = [part for part in named if part is not None]
+        return [fingerprint(*named), *(str(part.config) for part in named)]
 
 
 def one_arrow(scene: Scene, push: str, config: StageConfig) -> tuple[Tensor, Tensor]:
     """The one arrow that is given, the instance flow of the pushed object: F [2, H, W] and where it tells something
-    [1, H, W]. "none" tells all objects to stay."""
+    [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay."""
     flow, ids = scene.truth[push]["flow"], scene.truth[push]["segmentation"]
-    if push == "none":
+    if push == "none" or not scene.pushed:
         return torch.zeros_like(flow[0]), (ids[:1] > 0).float()
-    told = (ids[:1] == scene.pushed) & (scene.pushed > 0)
-    return instance_flow(flow, ids, config.reduce) * told, told.float()
+    told = (ids[:1] == scene.pushed).float()
+    return instance_flow(flow, ids, config.reduce) * told, told
 
 
 def stacked(scenes: list[Scene], kind: str, name: str) -> Tensor:
@@ -132,23 +147,27 @@ class Sampler:
 
     model: Model
     cache: Path
-    settings: dict  # steps, guidance, seed
+    settings: dict  # sampling_steps, guidance, seed, batch, marked
 
     @cached_property
-    def weights(self) -> dict[str, str]:
-        """By kind of sample, fingerprints of what makes it: another Stage II leaves Stage I's motion as it was."""
-        encoders, model = ("vae", "tower"), self.model
-        painted = model.weights("stage2", *encoders)
-        motion = dict.fromkeys(PUSHES, model.weights("stage1", *encoders))
-        return motion | {"rgb": painted, "rgb_own": model.weights(), "codec": model.weights("vae")}
+    def makers(self) -> dict[str, list[str]]:
+        """By kind of sample, what makes it: another Stage II leaves Stage I's motion as it was."""
+        made_by, encoders = self.model.identity, ("vae", "tower")
+        motion = dict.fromkeys(PUSHES, made_by("stage1", *encoders))
+        return motion | {"rgb": made_by("stage2", *encoders), "rgb_own": made_by(), "codec": made_by("vae")}
+
+    def can_tell(self, push: str) -> bool:
+        """Only a stage that sees what is told knows "stay" from "nothing is told"; "none" makes no sense to others."""
+        stage = self.model.stage1
+        return stage is not None and (push != "none" or getattr(stage.config, "told", False))
 
     def make(self, scenes: list[Scene], kind: str, seed: int = 0) -> list[Maps]:
         """Maps of every scene. kind: a push ("arrow", "opposite", "stronger", "none": Stage I), "rgb" and "rgb_own"
         (Stage II, given true motion or Stage I's), "codec/" and a push (the truth through the VAE and back)."""
         files = [(scene.path.name, scene.path.stat().st_size, scene.path.stat().st_mtime_ns) for scene in scenes]
         codec = kind.startswith("codec/")  # it makes no samples: settings and seed do not matter
-        told = [self.weights["codec"], files] if codec else [self.weights[kind], self.settings, seed, files]
-        folder = self.cache / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        told = [self.makers["codec"], self.settings["marked"]] if codec else [self.makers[kind], self.settings, seed]
+        folder = self.cache / hashlib.sha256(json.dumps([*told, CODEC_VERSION, files]).encode()).hexdigest()[:16]
         path = folder / f"{kind.replace('/', '_')}.safetensors"
         if not path.exists():
             maps = self.codec(scenes, kind[6:]) if codec else self.sample(scenes, kind, seed)
@@ -168,10 +187,12 @@ class Sampler:
         told = {
             "frames": rgb.shape[1], "steps": self.settings["sampling_steps"],
             "guidance": tuple(self.settings["guidance"]),
-            **{name: stacked(scenes, "arrow", name) for name in ("fps", "camera", "motion_bucket")}, "mask": mask,
+            "fps": stacked(scenes, "arrow", "fps"), "camera": stacked(scenes, "arrow", "camera"), "mask": mask,
             # Every batch has noise of its own, the same for every kind of push: pairs differ by the arrow alone.
             "generator": torch.Generator().manual_seed(seed_of(*noise)),
         }  # fmt: skip
+        if kind == "rgb":  # how much moves is known of true motion alone
+            told["motion_bucket"] = stacked(scenes, "arrow", "motion_bucket")
         firsts = (model.vae, model.tower, rgb[:, 0], ids[:, 0], depth[:, 0], F)
         if stage is model.stage1:
             motion, _ = dream(stage, None, *firsts, **told)
@@ -181,11 +202,10 @@ class Sampler:
 
     def motion(self, scenes: list[Scene], kind: str, seed: int) -> Motion:
         """What Stage II is told: the truth, or what Stage I made of the arrow."""
-        given = self.model.stage2.config.given
-        if kind == "rgb" or not given:
-            return Motion(*(stacked(scenes, "arrow", n) if n in given else None for n in Motion.__annotations__))
-        made = self.make(scenes, "arrow", seed)
-        return Motion(*(torch.stack([m[n] for m in made]) if n in given else None for n in Motion.__annotations__))
+        given, parts = self.model.stage2.config.given, dict.fromkeys(("flow", "segmentation", "depth"))
+        own = given and kind != "rgb"
+        maps = self.make(scenes, "arrow", seed) if own else [scene.truth["arrow"] for scene in scenes]
+        return Motion(**parts | {name: torch.stack([some[name] for some in maps]) for name in given})
 
     @torch.no_grad()
     def codec(self, scenes: list[Scene], push: str) -> Maps:
@@ -206,19 +226,6 @@ def expand(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value.long()
 
 
-# ------------------------------------------------------------------------------------------------- Frechet distances
-
-
-def exact_features(scene: Scene) -> Tensor:
-    """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
-    from clips.simulate import tracks  # needs mujoco, which nothing else here does
-
-    clip = Clip.load(scene.path, 0, metrics.WINDOW)
-    return metrics.tracked_features(
-        lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
-    )[:1]
-
-
 # -------------------------------------------------------------------------------------------------------- measuring
 
 PUSHES = ("arrow", "opposite", "stronger", "none")
@@ -229,28 +236,29 @@ Rows = dict[str, list[dict[str, Sums]]]  # by source, figures of every clip
 
 def views_of(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], alone: bool) -> dict[str, list[Views]]:
     """What the model, and unless it is measured alone "still", "codec" and "truth" show of each scene."""
+    model = generated(scenes, sampler, pushes, 0)
+    if alone:
+        return {"model": model}
     truth = [{push: scene.truth[push] for push in pushes} for scene in scenes]
-    sources = {"model": generated(scenes, sampler, pushes, 0)}
-    if not alone:
-        sources["truth"] = truth
-        sources["still"] = [{push: frozen(maps) for push, maps in views.items()} for views in truth]
-        codec = {push: sampler.make(scenes, f"codec/{push}") for push in pushes}
-        sources["codec"] = [{push: codec[push][i] for push in pushes} for i in range(len(scenes))]
-    for name, seen in sources.items():
-        for views, model, true in zip(seen, sources["model"], truth, strict=True):
-            told = (true if name in ("codec", "truth") else model)["arrow"].get("segmentation")
-            own = {} if name == "model" else {"rgb_own": views["arrow"]["rgb"]}
-            views["arrow"] |= own | ({} if told is None else {"told": told})
-    return sources
+    still = [{push: frozen(maps) for push, maps in views.items()} for views in truth]
+    codec = {push: sampler.make(scenes, f"codec/{push}") for push in pushes}
+    codec = [{push: codec[push][i] for push in pushes} for i in range(len(scenes))]
+    for i, scene in enumerate(scenes):  # their video is their own, and shows the true ids, or what the model says
+        told = {"told": scene.truth["arrow"]["segmentation"]}
+        for views, ids in ((truth[i], told), (codec[i], told), (still[i], {"told": model[i]["arrow"].get("told")})):
+            views["arrow"] = views["arrow"] | {"rgb_own": views["arrow"]["rgb"]} | ids
+    return {"model": model, "truth": truth, "still": still, "codec": codec}
 
 
 def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int) -> list[Views]:
-    motions = {push: sampler.make(scenes, push, seed) for push in pushes if sampler.model.stage1}
+    """What the model shows of each scene; "told" are the ids that its Stage II was told, None without them."""
+    motions = {push: sampler.make(scenes, push, seed) for push in pushes if sampler.can_tell(push)}
     kinds = ("rgb", "rgb_own") if pushes == PUSHES else ("rgb_own",)  # only the demo's figures ask for both
     videos = [sampler.make(scenes, kind, seed) for kind in kinds]
     views = [{push: made[i] for push, made in motions.items()} for i in range(len(scenes))]
     for i, view in enumerate(views):
         view["arrow"] = view.get("arrow", {}) | {name: maps for video in videos for name, maps in video[i].items()}
+        view["arrow"]["told"] = view["arrow"].get("segmentation")
     return views
 
 
@@ -265,15 +273,12 @@ def measure(
         for views, scene in zip(seen, scenes, strict=True):
             features.add(name, views["arrow"], scene)
     if arguments.samples > 1:
-        tries = [rows["model"]]
-        for seed in range(1, arguments.samples):
-            seen = generated(scenes, sampler, pushes, seed)
-            tries.append(
-                [figures_of(views, scene, arguments.metrics) for views, scene in zip(seen, scenes, strict=True)]
-            )
-        by_clip = list(zip(*tries, strict=True))
-        rows["model"] = [added(figures) for figures in by_clip]
-        rows[f"best of {arguments.samples}"] = [min(figures, key=moving_error) for figures in by_clip]
+        more = (generated(scenes, sampler, pushes, seed) for seed in range(1, arguments.samples))
+        tries = list(zip(scenes, sources["model"], *more, strict=True))
+        best = [(scene, min(several, key=lambda views: error_of(views, scene))) for scene, *several in tries]
+        rows[f"best of {arguments.samples}"] = [figures_of(views, scene, arguments.metrics) for scene, views in best]
+        several = ([figures_of(views, scene, arguments.metrics) for views in seen] for scene, *seen in tries)
+        rows["model"] = [added(figures) for figures in several]
     return rows
 
 
@@ -287,9 +292,14 @@ def added(figures: Sequence[dict[str, Sums]]) -> dict[str, Sums]:
     return {name: tuple(np.sum([f[name] for f in figures if name in f], axis=0)) for f in figures for name in f}
 
 
-def moving_error(figures: dict[str, Sums]) -> float:
-    """By which the best of several samples is chosen."""
-    return figures["epe_moving"][0] if "epe_moving" in figures else 0.0
+def error_of(views: Views, scene: Scene) -> tuple[float, ...]:
+    """By which the best of several samples is chosen: the error of its flow where the truth moves, then everywhere; if
+    the model has no flow, that of its video."""
+    made, true = views["arrow"], scene.truth["arrow"]
+    if "flow" in made:
+        error = metrics.flow_error(made["flow"], true["flow"])
+        return error["epe_moving"][0], error["epe_all"][0]
+    return (-metrics.psnr(made["rgb_own"], true["rgb"]),)
 
 
 # ------------------------------------------------------------------------------------------------------- one model
@@ -311,7 +321,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
 
     # A batch of clips at a time: what is true, what the model makes of it, and how far they differ.
     for i in tqdm(range(0, len(paths), arguments.batch), folder.name, unit="batch", disable=arguments.quiet):
-        scenes = [truth_of(path, frames, device) for path in paths[i : i + arguments.batch]]
+        scenes = [truth_of(path, frames, device, arguments.marked) for path in paths[i : i + arguments.batch]]
         for scene in scenes if "demo" in arguments.metrics else []:
             add_other_pushes(scene, sampler.cache, device)
         for source, found in measure(scenes, sampler, arguments, features, alone).items():
@@ -323,7 +333,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     order = ["model", *sorted(rows.keys() - {"model", *BESIDE}), *BESIDE]
     figures = {source: metrics.summarise(rows[source]) | features.distances(source) for source in order}
     settings = vars(arguments) | {
-        "model": str(folder), "weights": model.weights(), "frames": frames, "size": [clips.width, clips.height],
+        "model": str(folder), "weights": model.identity()[0], "frames": frames, "size": [clips.width, clips.height],
         "clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name, "device": device,
         "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1), "rules": rules(),
     }  # fmt: skip
@@ -341,7 +351,8 @@ def clips_of(arguments: argparse.Namespace, config: StageConfig) -> ClipDataset:
 
 def sampler_of(arguments: argparse.Namespace, model: Model) -> Sampler:
     cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
-    return Sampler(model, cache, {n: getattr(arguments, n) for n in ("sampling_steps", "guidance", "seed", "batch")})
+    names = ("sampling_steps", "guidance", "seed", "batch", "marked")
+    return Sampler(model, cache, {name: getattr(arguments, name) for name in names})
 
 
 def features_of(arguments: argparse.Namespace, device: str) -> Features:
@@ -361,6 +372,7 @@ def footnote(settings: dict) -> str:
     return (
         f"{settings['clips']} clips of {settings['val']}, {settings['frames']} frames of {size}, stride 1; "
         f"{settings['sampling_steps']} sampling steps, guidance {settings['guidance']}, seed {settings['seed']}; "
+        f"objects marked: {settings['marked']}; "
         f"weights {settings['weights']}. Covariances: FVD over N, others over N - 1; nothing is added."
     )
 
@@ -392,37 +404,38 @@ def table(arguments: argparse.Namespace) -> tuple[str, dict]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--model", metavar="DIR", help="model folder")
-    what.add_argument("--table", type=int, choices=list(TABLES), help="train and compare the rows of a table instead")
-    what.add_argument("--data", required=True, metavar="DIR", help="held-out clips; with --table, clips to train on")
-    what.add_argument("--val", metavar="DIR", help="held-out clips for --table")
-    what.add_argument("--metrics", default="physics,demo", help="some of physics,fvd,fvmd,demo")
-    what.add_argument("--clips", type=int, default=200, help="at most")
-    what.add_argument("--samples", type=int, default=1, help="of a clip: their mean, and the best of them")
-    what.add_argument("--i3d", metavar="FILE_OR_REPO", help="i3d_torchscript.pt or a hub id that has it: adds FVD")
-    what.add_argument(
-        "--trackers", default="lk,flow", help="of FVMD: some of lk,flow,pips,exact (exact checks the others)"
+    what = parser.add_argument_group("what is measured").add_argument
+    what("--model", metavar="DIR", help="model folder")
+    what("--table", type=int, choices=list(TABLES), help="train and compare the rows of a table instead")
+    what("--data", required=True, metavar="DIR", help="held-out clips; with --table, clips to train on")
+    what("--val", metavar="DIR", help="held-out clips for --table")
+    what("--metrics", default="physics,demo", help="some of physics,fvd,fvmd,demo (default %(default)s)")
+    what("--clips", type=int, default=200, help="at most (default %(default)s)")
+    what("--samples", type=int, default=1, help="of a clip: their mean, and the best of them (default %(default)s)")
+    alone = "pushed: that one alone, and figures of objects count no other (default %(default)s)"
+    what("--marked", choices=("all", "pushed"), default="all", help=f"objects that the model is shown; {alone}")
+    what("--i3d", metavar="FILE_OR_REPO", help="i3d_torchscript.pt or a hub id that has it: adds FVD")
+    some = "some of lk,flow,pips,exact (exact checks the others; default %(default)s)"
+    what("--trackers", default="lk,flow", help=f"of FVMD: {some}")
+    what(
+        "--pips", metavar="FILE", default="pips2_weights.pth", help="weights of the tracker pips (default %(default)s)"
     )
-    what.add_argument(
-        "--pips", metavar="FILE", default="pips2_weights.pth", help="weights of the tracker pips (PIPs++)"
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument("--sampling-steps", type=int, default=10)
-    how.add_argument("--guidance", type=float, nargs=2, default=[1.0, 1.0], metavar=("FIRST", "LAST"))
-    how.add_argument("--batch", type=int, default=8, help="clips that are sampled together")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--cache", metavar="DIR", help="where samples are kept; default: in the data folder")
-    how.add_argument("--json", default="evaluation.json", metavar="FILE", help="all figures and every setting")
-    how.add_argument("--quiet", action="store_true", help="no progress bar")
-    rows = parser.add_argument_group("training of --table")
-    rows.add_argument("--steps", type=int, default=3000, help="of training, for each stage")
-    rows.add_argument("--train-batch", type=int, default=8, help="clips a step")
-    rows.add_argument("--preset", default="tiny")
-    rows.add_argument("--precision", choices=("fp32", "bf16"), help="of training; default: that of train.py")
-    rows.add_argument("--codec", metavar="DIR", help="VAE and image tower of this model folder; else they are trained")
-    rows.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StageConfig, in all rows")
-    rows.add_argument("--runs", default="runs/table", metavar="DIR", help="where its models are kept")
+    how = parser.add_argument_group("how").add_argument
+    how("--sampling-steps", type=int, default=10, help="of each stage (default %(default)s)")
+    how("--guidance", type=float, nargs=2, default=[1.0, 1.0], metavar=("FIRST", "LAST"), help="default 1 1: none")
+    how("--batch", type=int, default=8, help="clips that are sampled together (default %(default)s)")
+    how("--seed", type=int, default=0, help="of the noise, and of training (default %(default)s)")
+    how("--cache", metavar="DIR", help="where samples are kept; default: in the data folder")
+    how("--json", default="evaluation.json", metavar="FILE", help="figures and settings (default %(default)s)")
+    how("--quiet", action="store_true", help="no progress bar")
+    rows = parser.add_argument_group("training of --table").add_argument
+    rows("--steps", type=int, default=3000, help="of training, for each stage (default %(default)s)")
+    rows("--train-batch", type=int, default=8, help="clips a step (default %(default)s)")
+    rows("--preset", default="tiny", help="of train.py: size of the models (default %(default)s)")
+    rows("--precision", choices=("fp32", "bf16"), help="of training; default: that of train.py")
+    rows("--codec", metavar="DIR", help="VAE and image tower of this model folder; else they are trained")
+    rows("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of (Small)StageConfig, in all rows")
+    rows("--runs", default="runs/table", metavar="DIR", help="where its models are kept (default %(default)s)")
     return parser.parse_args()
 
 
@@ -448,9 +461,7 @@ def run(arguments: argparse.Namespace) -> None:
         result = evaluate(arguments, Path(arguments.model))
         text = f"{markdown(result['figures'])}\n\n{footnote(result['settings'])}"
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-    partial_file = path.with_name(f"{path.name}.partial")
-    partial_file.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial_file, path)
+    written_whole(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
     print(text)
 
 
