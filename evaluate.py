@@ -9,11 +9,11 @@ first frame repeated, flow 0), of "codec" (the truth through the VAE and back: n
 and of "truth" (what the measure itself says of perfect motion). Brackets are 95 % bootstrap intervals over clips.
 
 The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the instance flow of the
-object that was pushed. The clips' own truth comes from clips.simulate, which also says what another push would have
-done.
+object that was pushed. A careless user marks no other object: --marked pushed. The clips' own truth comes from
+clips.simulate, which also says what another push would have done.
 
-The measures themselves are in metrics/. `Maps` are flow [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb
-[T, 3, H, W] of one clip, by the names of `Clip.tensors`.
+The measures themselves are in metrics/, what trains the rows of a table is in training/tables.py. `Maps` are flow
+[T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb [T, 3, H, W] of one clip, by the names of `Clip.tensors`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
-import os
-import shutil
-import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,78 +36,37 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from clips import Clip, ClipDataset, Motion
+from clips import CODEC_VERSION, Clip, ClipDataset, Motion
 from instance_flow import instance_flow
-from metrics.motion import Maps, Sums
-from metrics.physics import Scene
-from metrics.trackers import Pips, chain_flow, lucas_kanade
-from motion_dreamer import ABLATIONS, STAGE2, MotionDreamer, StageConfig, dream
+from metrics import COLUMNS, LABELS, Features, Maps, Scene, Sums, cell, extractors_of, frozen, line, markdown
+from motion_dreamer import MotionDreamer, StageConfig, dream
+from show import written_whole
 from svd import VAE, ImageEncoder
 from training.cache import fingerprint
 from training.checkpoint import seed_of
+from training.tables import TABLES, train_row
 from training.vae import round_trip
 from weights import save_safetensors
 
 STRONGER = 1.6  # how much harder the harder push is
 
 
-# ---------------------------------------------------------------------------------------------- names of the figures
-
-LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is better
-    "ids_miou": "ids mIoU, all frames, with background ↑",
-    "epe_relative": "flow error on moving pixels / that of zero flow ↓",
-    "epe_moving": "flow error on moving pixels, px ↓",
-    "epe_all": "flow error on all pixels, px ↓",
-    "psnr": "Stage II given true motion: PSNR, dB, pushed clips ↑",
-    "psnr_own": "Stage II given own motion: PSNR, dB, pushed clips ↑",
-    "painted_ids": "Stage II given own motion: mIoU of ids by colour with its ids ↑",
-    "fallen_carried": "which have fallen, frame-0 ids carried by flow, balanced accuracy ↑",
-    "fallen_ids": "which have fallen, generated ids, balanced accuracy ↑",
-    "all_right_carried": "clips with all of them right, carried ↑",
-    "all_right_ids": "clips with all of them right, ids ↑",
-    "gap_carried": "wide-gap clips with all of them right, carried ↑",
-    "gap_ids": "wide-gap clips with all of them right, ids ↑",
-    "iou_last": "mask IoU per object, last frame, ids ↑",
-    "iou_last_carried": "mask IoU per object, last frame, carried ↑",
-    "silhouette_last": "silhouette IoU, last frame, ids ↑",
-    "both_ways": "push and opposite push: both go the right way ↑",
-    "both_all_right": "push and opposite push: all that fell right in both ↑",
-    "standing": "all told to stay: objects that stay standing ↑",
-    "quiet": "all told to stay: mean flow / that with the arrow ↓",
-    "sooner": "push 1.6 times as hard: half of the motion sooner ↑",
-    "iou_mean": "mask IoU per object, mean over frames ↑",
-    "depth_absrel": "depth AbsRel, all pixels ↓",
-    "depth_absrel_objects": "depth AbsRel, objects ↓",
-    "centroid_ade": "centroid ADE, px ↓",
-    "centroid_fde": "centroid FDE, px ↓",
-    "contacts": "which pairs touch, ids and depth, balanced accuracy ↑",
-    "contacts_video": "which pairs touch, video by colour, balanced accuracy ↑",
-    "fallen_video": "which have fallen, video by colour, balanced accuracy ↑",
-    "moved": "which objects move, carried, balanced accuracy ↑",
-    "control_angle": "angle between arrow and motion, degrees ↓",
-    "control_length": "length of motion / length of arrow (1)",
-    "permanence": "object frames in which the object is still there ↑",
-}
-
-
 # -------------------------------------------------------------------------------------------------- scenes and samples
 
 
-def truth_of(path: Path, frames: int, device: str) -> Scene:
-    """A clip as it is. Without a simulator's meta, the object that moves most counts as the one that was pushed."""
+def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene:
+    """A clip as it is. Without a simulator's meta, the object that moves most counts as the one that was pushed.
+
+    marked="pushed": its ids show the pushed object alone (where there is one), to the model and to the measures."""
     clip = Clip.load(path, 0, frames)
     maps = {name: value.to(device) for name, value in clip.tensors().items()}
     meta = dict(clip.meta)
     if "pushed" not in meta:
         F = instance_flow(maps["flow"], maps["segmentation"]).norm(dim=0)
         meta["pushed"] = maps["segmentation"][0].flatten()[F.argmax()].item() if F.max() > 0 else 0
+    if marked == "pushed" and meta["pushed"]:
+        maps["segmentation"] = maps["segmentation"] * (maps["segmentation"] == meta["pushed"])
     return Scene(path, {"arrow": maps}, {"arrow": meta})
-
-
-def frozen(maps: Maps) -> Maps:
-    """Nothing moves: the first frame again and again, flow 0."""
-    repeated = {name: maps[name][:1].expand_as(maps[name]) for name in ("rgb", "segmentation", "depth")}
-    return maps | repeated | {"flow": torch.zeros_like(maps["flow"])}
 
 
 def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
@@ -138,6 +93,16 @@ def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
         scene.truth[kind], scene.meta[kind] = other.truth["arrow"], other.meta["arrow"]
 
 
+def exact_features(scene: Scene) -> Tensor:
+    """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
+    from clips.simulate import tracks  # needs mujoco, which nothing else here does
+
+    clip = Clip.load(scene.path, 0, metrics.WINDOW)
+    return metrics.tracked_features(
+        lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
+    )[:1]
+
+
 @dataclass
 class Model:
     """What a model folder holds; stage1 is None for the one-stage model of Table 1."""
@@ -155,20 +120,21 @@ class Model:
         vae = VAE.from_pretrained(folder, "vae", **kept).eval()
         return cls(stage1, stage2, vae, ImageEncoder.from_pretrained(folder, "image_encoder", **kept).eval())
 
-    def weights(self, *parts: str) -> str:
-        """Fingerprint of these parts; of all, if none is named."""
+    def identity(self, *parts: str) -> list[str]:
+        """Fingerprint of the weights of these parts, and their configurations; of all, if none is named."""
         named = [getattr(self, name) for name in parts or vars(self)]
-        return fingerprint(*(part for part in named if part is not None))
+        named = [part for part in named if part is not None]
+        return [fingerprint(*named), *(str(part.config) for part in named)]
 
 
 def one_arrow(scene: Scene, push: str, config: StageConfig) -> tuple[Tensor, Tensor]:
     """The one arrow that is given, the instance flow of the pushed object: F [2, H, W] and where it tells something
-    [1, H, W]. "none" tells all objects to stay."""
+    [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay."""
     flow, ids = scene.truth[push]["flow"], scene.truth[push]["segmentation"]
-    if push == "none":
+    if push == "none" or not scene.pushed:
         return torch.zeros_like(flow[0]), (ids[:1] > 0).float()
-    told = (ids[:1] == scene.pushed) & (scene.pushed > 0)
-    return instance_flow(flow, ids, config.reduce) * told, told.float()
+    told = (ids[:1] == scene.pushed).float()
+    return instance_flow(flow, ids, config.reduce) * told, told
 
 
 def stacked(scenes: list[Scene], kind: str, name: str) -> Tensor:
@@ -181,23 +147,27 @@ class Sampler:
 
     model: Model
     cache: Path
-    settings: dict  # steps, guidance, seed
+    settings: dict  # sampling_steps, guidance, seed, batch, marked
 
     @cached_property
-    def weights(self) -> dict[str, str]:
-        """By kind of sample, fingerprints of what makes it: another Stage II leaves Stage I's motion as it was."""
-        encoders, model = ("vae", "tower"), self.model
-        painted = model.weights("stage2", *encoders)
-        motion = dict.fromkeys(PUSHES, model.weights("stage1", *encoders))
-        return motion | {"rgb": painted, "rgb_own": model.weights(), "codec": model.weights("vae")}
+    def makers(self) -> dict[str, list[str]]:
+        """By kind of sample, what makes it: another Stage II leaves Stage I's motion as it was."""
+        made_by, encoders = self.model.identity, ("vae", "tower")
+        motion = dict.fromkeys(PUSHES, made_by("stage1", *encoders))
+        return motion | {"rgb": made_by("stage2", *encoders), "rgb_own": made_by(), "codec": made_by("vae")}
+
+    def can_tell(self, push: str) -> bool:
+        """Only a stage that sees what is told knows "stay" from "nothing is told"; "none" makes no sense to others."""
+        stage = self.model.stage1
+        return stage is not None and (push != "none" or getattr(stage.config, "told", False))
 
     def make(self, scenes: list[Scene], kind: str, seed: int = 0) -> list[Maps]:
         """Maps of every scene. kind: a push ("arrow", "opposite", "stronger", "none": Stage I), "rgb" and "rgb_own"
         (Stage II, given true motion or Stage I's), "codec/" and a push (the truth through the VAE and back)."""
         files = [(scene.path.name, scene.path.stat().st_size, scene.path.stat().st_mtime_ns) for scene in scenes]
         codec = kind.startswith("codec/")  # it makes no samples: settings and seed do not matter
-        told = [self.weights["codec"], files] if codec else [self.weights[kind], self.settings, seed, files]
-        folder = self.cache / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        told = [self.makers["codec"], self.settings["marked"]] if codec else [self.makers[kind], self.settings, seed]
+        folder = self.cache / hashlib.sha256(json.dumps([*told, CODEC_VERSION, files]).encode()).hexdigest()[:16]
         path = folder / f"{kind.replace('/', '_')}.safetensors"
         if not path.exists():
             maps = self.codec(scenes, kind[6:]) if codec else self.sample(scenes, kind, seed)
@@ -217,10 +187,12 @@ class Sampler:
         told = {
             "frames": rgb.shape[1], "steps": self.settings["sampling_steps"],
             "guidance": tuple(self.settings["guidance"]),
-            **{name: stacked(scenes, "arrow", name) for name in ("fps", "camera", "motion_bucket")}, "mask": mask,
+            "fps": stacked(scenes, "arrow", "fps"), "camera": stacked(scenes, "arrow", "camera"), "mask": mask,
             # Every batch has noise of its own, the same for every kind of push: pairs differ by the arrow alone.
             "generator": torch.Generator().manual_seed(seed_of(*noise)),
         }  # fmt: skip
+        if kind == "rgb":  # how much moves is known of true motion alone
+            told["motion_bucket"] = stacked(scenes, "arrow", "motion_bucket")
         firsts = (model.vae, model.tower, rgb[:, 0], ids[:, 0], depth[:, 0], F)
         if stage is model.stage1:
             motion, _ = dream(stage, None, *firsts, **told)
@@ -230,11 +202,10 @@ class Sampler:
 
     def motion(self, scenes: list[Scene], kind: str, seed: int) -> Motion:
         """What Stage II is told: the truth, or what Stage I made of the arrow."""
-        given = self.model.stage2.config.given
-        if kind == "rgb" or not given:
-            return Motion(*(stacked(scenes, "arrow", n) if n in given else None for n in Motion.__annotations__))
-        made = self.make(scenes, "arrow", seed)
-        return Motion(*(torch.stack([m[n] for m in made]) if n in given else None for n in Motion.__annotations__))
+        given, parts = self.model.stage2.config.given, dict.fromkeys(("flow", "segmentation", "depth"))
+        own = given and kind != "rgb"
+        maps = self.make(scenes, "arrow", seed) if own else [scene.truth["arrow"] for scene in scenes]
+        return Motion(**parts | {name: torch.stack([some[name] for some in maps]) for name in given})
 
     @torch.no_grad()
     def codec(self, scenes: list[Scene], push: str) -> Maps:
@@ -255,71 +226,6 @@ def expand(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value.long()
 
 
-# ------------------------------------------------------------------------------------------------- Frechet distances
-
-Extractor = tuple[str, Callable[[Tensor], Tensor]]  # the map that it looks at, and the features [M, D] of one clip
-
-
-def extractors_of(arguments: argparse.Namespace, device: str) -> dict[str, list[Extractor]]:
-    """By the name that is printed; of several extractors (random networks), the distances are averaged."""
-    found: dict[str, list[Extractor]] = {}
-    if "fvd" in arguments.metrics:
-        if arguments.i3d:
-            network = metrics.I3D(arguments.i3d, device)
-            found[f"FVD (I3D {network.sha256[:8]}, 224x224) ↓"] = [("rgb_own", network)]
-        for name, motion in (("rfvd_app (not FVD) ↓", False), ("rfvd_mot (not FVD) ↓", True)):
-            found[name] = [("rgb_own", partial(metrics.random_features, seed=seed, motion=motion)) for seed in range(3)]
-    if "fvmd" in arguments.metrics:
-        if "lk" in arguments.trackers:
-            found["FVMD (Lucas-Kanade) ↓"] = [("rgb_own", partial(metrics.tracked_features, lucas_kanade))]
-        if "pips" in arguments.trackers:
-            track = partial(metrics.tracked_features, Pips.load(arguments.pips, device), enlarge=True)
-            found["FVMD (PIPs++) ↓"] = [("rgb_own", track)]
-        if "flow" in arguments.trackers:
-            found["FVMD (chained flow) ↓"] = [("flow", partial(metrics.tracked_features, chain_flow))]
-    return found
-
-
-def exact_features(scene: Scene) -> Tensor:
-    """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
-    from clips.simulate import tracks  # needs mujoco, which nothing else here does
-
-    clip = Clip.load(scene.path, 0, metrics.WINDOW)
-    return metrics.tracked_features(
-        lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
-    )[:1]
-
-
-class Features:
-    """Features of clips by name and source, and the Frechet distances between their sets."""
-
-    def __init__(self, extractors: dict[str, list[Extractor]], exact: bool) -> None:
-        self.extractors, self.exact, self.found = extractors, exact, {}
-
-    def add(self, source: str, maps: Maps, scene: Scene) -> None:
-        for name, several in self.extractors.items():
-            for k, (modality, extract) in enumerate(several):
-                if modality in maps:
-                    self.found.setdefault((name, k), {}).setdefault(source, []).append(extract(maps[modality]))
-        if self.exact and source == "truth":
-            self.found.setdefault("exact", {}).setdefault("truth", []).append(exact_features(scene))
-
-    def distances(self, source: str) -> dict[str, dict]:
-        """Distance of a source's set from the truth's; for "truth" the floor, one half of it against the other."""
-        figures = {}
-        for name, several in self.extractors.items():
-            parts = [self.found.get((name, k), {}) for k in range(len(several))]
-            if all(source in part for part in parts):
-                pairs = [(part[source], part["truth"]) for part in parts]
-                ddof, scaled = 0 if name.startswith("FVD") else 1, name.startswith("rfvd")  # FVD's covariance is over N
-                figures[name] = metrics.set_distance(pairs, source == "truth", ddof, scaled)
-        for name in self.extractors if source == "truth" and self.exact else ():
-            if name.startswith("FVMD"):
-                pair = (self.found[(name, 0)]["truth"], self.found["exact"]["truth"])
-                figures[f"{name[:-2]}: its tracks of the truth against exact tracks ↓"] = metrics.set_distance([pair])
-        return figures
-
-
 # -------------------------------------------------------------------------------------------------------- measuring
 
 PUSHES = ("arrow", "opposite", "stronger", "none")
@@ -330,28 +236,29 @@ Rows = dict[str, list[dict[str, Sums]]]  # by source, figures of every clip
 
 def views_of(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], alone: bool) -> dict[str, list[Views]]:
     """What the model, and unless it is measured alone "still", "codec" and "truth" show of each scene."""
+    model = generated(scenes, sampler, pushes, 0)
+    if alone:
+        return {"model": model}
     truth = [{push: scene.truth[push] for push in pushes} for scene in scenes]
-    sources = {"model": generated(scenes, sampler, pushes, 0)}
-    if not alone:
-        sources["truth"] = truth
-        sources["still"] = [{push: frozen(maps) for push, maps in views.items()} for views in truth]
-        codec = {push: sampler.make(scenes, f"codec/{push}") for push in pushes}
-        sources["codec"] = [{push: codec[push][i] for push in pushes} for i in range(len(scenes))]
-    for name, seen in sources.items():
-        for views, model, true in zip(seen, sources["model"], truth, strict=True):
-            told = (true if name in ("codec", "truth") else model)["arrow"].get("segmentation")
-            own = {} if name == "model" else {"rgb_own": views["arrow"]["rgb"]}
-            views["arrow"] |= own | ({} if told is None else {"told": told})
-    return sources
+    still = [{push: frozen(maps) for push, maps in views.items()} for views in truth]
+    codec = {push: sampler.make(scenes, f"codec/{push}") for push in pushes}
+    codec = [{push: codec[push][i] for push in pushes} for i in range(len(scenes))]
+    for i, scene in enumerate(scenes):  # their video is their own, and shows the true ids, or what the model says
+        told = {"told": scene.truth["arrow"]["segmentation"]}
+        for views, ids in ((truth[i], told), (codec[i], told), (still[i], {"told": model[i]["arrow"].get("told")})):
+            views["arrow"] = views["arrow"] | {"rgb_own": views["arrow"]["rgb"]} | ids
+    return {"model": model, "truth": truth, "still": still, "codec": codec}
 
 
 def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int) -> list[Views]:
-    motions = {push: sampler.make(scenes, push, seed) for push in pushes if sampler.model.stage1}
+    """What the model shows of each scene; "told" are the ids that its Stage II was told, None without them."""
+    motions = {push: sampler.make(scenes, push, seed) for push in pushes if sampler.can_tell(push)}
     kinds = ("rgb", "rgb_own") if pushes == PUSHES else ("rgb_own",)  # only the demo's figures ask for both
     videos = [sampler.make(scenes, kind, seed) for kind in kinds]
     views = [{push: made[i] for push, made in motions.items()} for i in range(len(scenes))]
     for i, view in enumerate(views):
         view["arrow"] = view.get("arrow", {}) | {name: maps for video in videos for name, maps in video[i].items()}
+        view["arrow"]["told"] = view["arrow"].get("segmentation")
     return views
 
 
@@ -366,15 +273,12 @@ def measure(
         for views, scene in zip(seen, scenes, strict=True):
             features.add(name, views["arrow"], scene)
     if arguments.samples > 1:
-        tries = [rows["model"]]
-        for seed in range(1, arguments.samples):
-            seen = generated(scenes, sampler, pushes, seed)
-            tries.append(
-                [figures_of(views, scene, arguments.metrics) for views, scene in zip(seen, scenes, strict=True)]
-            )
-        by_clip = list(zip(*tries, strict=True))
-        rows["model"] = [added(figures) for figures in by_clip]
-        rows[f"best of {arguments.samples}"] = [min(figures, key=moving_error) for figures in by_clip]
+        more = (generated(scenes, sampler, pushes, seed) for seed in range(1, arguments.samples))
+        tries = list(zip(scenes, sources["model"], *more, strict=True))
+        best = [(scene, min(several, key=lambda views: error_of(views, scene))) for scene, *several in tries]
+        rows[f"best of {arguments.samples}"] = [figures_of(views, scene, arguments.metrics) for scene, views in best]
+        several = ([figures_of(views, scene, arguments.metrics) for views in seen] for scene, *seen in tries)
+        rows["model"] = [added(figures) for figures in several]
     return rows
 
 
@@ -388,9 +292,14 @@ def added(figures: Sequence[dict[str, Sums]]) -> dict[str, Sums]:
     return {name: tuple(np.sum([f[name] for f in figures if name in f], axis=0)) for f in figures for name in f}
 
 
-def moving_error(figures: dict[str, Sums]) -> float:
-    """By which the best of several samples is chosen."""
-    return figures["epe_moving"][0] if "epe_moving" in figures else 0.0
+def error_of(views: Views, scene: Scene) -> tuple[float, ...]:
+    """By which the best of several samples is chosen: the error of its flow where the truth moves, then everywhere; if
+    the model has no flow, that of its video."""
+    made, true = views["arrow"], scene.truth["arrow"]
+    if "flow" in made:
+        error = metrics.flow_error(made["flow"], true["flow"])
+        return error["epe_moving"][0], error["epe_all"][0]
+    return (-metrics.psnr(made["rgb_own"], true["rgb"]),)
 
 
 # ------------------------------------------------------------------------------------------------------- one model
@@ -403,64 +312,59 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     or if it is filled already, for the same clips and VAE, spares measuring that again."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     model = Model.load(folder, device)
-    config = model.stage2.config
-    clips = ClipDataset(arguments.val, config.frames)
-    if clips.height % config.vae_factor or clips.width % config.vae_factor:
-        size = f"{clips.width}x{clips.height}"
-        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {config.vae_factor}")
+    frames, clips = model.stage2.config.frames, clips_of(arguments, model.stage2.config)
     paths = clips.paths[: arguments.clips]
-    cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
-    told = {name: getattr(arguments, name) for name in ("sampling_steps", "guidance", "seed", "batch")}
-    sampler, shared = Sampler(model, cache, told), {} if shared is None else shared
-    features, alone = Features(extractors_of(arguments, device), "exact" in arguments.trackers), bool(shared)
-    rows = dict(shared.get("rows", {}))
-    features.found = {key: dict(found) for key, found in shared.get("features", {}).items()}
+    sampler = sampler_of(arguments, model)
+    features, rows, shared = features_of(arguments, device), {}, {} if shared is None else shared
+    if alone := bool(shared):
+        rows, features.found = dict(shared["rows"]), {key: dict(found) for key, found in shared["features"].items()}
+
+    # A batch of clips at a time: what is true, what the model makes of it, and how far they differ.
     for i in tqdm(range(0, len(paths), arguments.batch), folder.name, unit="batch", disable=arguments.quiet):
-        scenes = [truth_of(path, config.frames, device) for path in paths[i : i + arguments.batch]]
+        scenes = [truth_of(path, frames, device, arguments.marked) for path in paths[i : i + arguments.batch]]
         for scene in scenes if "demo" in arguments.metrics else []:
-            add_other_pushes(scene, cache, device)
+            add_other_pushes(scene, sampler.cache, device)
         for source, found in measure(scenes, sampler, arguments, features, alone).items():
             rows.setdefault(source, []).extend(found)
     if not alone:
         shared["rows"] = {source: found for source, found in rows.items() if source in BESIDE}
         shared["features"] = {key: {s: f[s] for s in BESIDE if s in f} for key, f in features.found.items()}
+
     order = ["model", *sorted(rows.keys() - {"model", *BESIDE}), *BESIDE]
     figures = {source: metrics.summarise(rows[source]) | features.distances(source) for source in order}
-    rules = ("MOVING", "TILT", "HEIGHT", "RIGHT_WAY", "CONTACT", "CONTACT_PIXELS", "RESAMPLES", "SET_RESAMPLES")
     settings = vars(arguments) | {
-        "model": str(folder), "weights": model.weights(), "frames": config.frames, "size": [clips.width, clips.height],
+        "model": str(folder), "weights": model.identity()[0], "frames": frames, "size": [clips.width, clips.height],
         "clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name, "device": device,
-        "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1),
-        "rules": {name: getattr(metrics, name) for name in rules} | {"STRONGER": STRONGER},
+        "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1), "rules": rules(),
     }  # fmt: skip
     return {"figures": figures, "settings": settings}
 
 
-def cell(figure: dict | None) -> str:
-    """A figure with its interval: three digits after the point, or none where it is large."""
-    if figure is None or math.isnan(figure["value"]):
-        return "-"
-    digits = 3 if abs(figure["value"]) < 10 else 1
-    low, high = figure["interval"]
-    return f"{figure['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def clips_of(arguments: argparse.Namespace, config: StageConfig) -> ClipDataset:
+    """Raises ValueError when the model cannot take clips of this length or size."""
+    clips = ClipDataset(arguments.val, config.frames)
+    if clips.height % config.vae_factor or clips.width % config.vae_factor:
+        size = f"{clips.width}x{clips.height}"
+        raise ValueError(f"{arguments.val}: clips are {size}, not a multiple of {config.vae_factor}")
+    return clips
 
 
-COLUMNS = {"model": "model", "still": "nothing moves", "codec": "truth through the VAE", "truth": "truth"}
+def sampler_of(arguments: argparse.Namespace, model: Model) -> Sampler:
+    cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
+    names = ("sampling_steps", "guidance", "seed", "batch", "marked")
+    return Sampler(model, cache, {name: getattr(arguments, name) for name in names})
 
 
-def markdown(result: dict) -> str:
-    """A table: a figure a line, a source a column; ↑ more is better, ↓ less is better."""
-    figures, names = result["figures"], {}
-    for found in figures.values():
-        names |= dict.fromkeys(found)
-    shown = [name for name in LABELS if name in names] + [n for n in names if n not in LABELS and " " in n]
-    lines = [" | ".join(["| figure", *(COLUMNS.get(source, source) for source in figures), "clips |"])]
-    lines.append("|---" * (len(figures) + 2) + "|")
-    for name in shown:
-        cells = [cell(figures[source].get(name)) for source in figures]
-        counted = max(found[name]["clips"] for found in figures.values() if name in found)
-        lines.append("| " + " | ".join([LABELS.get(name, name), *cells, str(counted)]) + " |")
-    return "\n".join([*lines, "", footnote(result["settings"])])
+def features_of(arguments: argparse.Namespace, device: str) -> Features:
+    extractors = extractors_of(arguments.metrics, arguments.trackers, arguments.i3d, arguments.pips, device)
+    return Features(extractors, exact_features if "exact" in arguments.trackers else None)
+
+
+def rules() -> dict[str, float]:
+    """What the measures count by, from the modules that use it."""
+    of = {metrics.motion: ("MOVING", "RESAMPLES"), metrics.frechet: ("SET_RESAMPLES",)}
+    of[metrics.physics] = ("TILT", "HEIGHT", "RIGHT_WAY", "CONTACT", "CONTACT_PIXELS")
+    return {name: getattr(module, name) for module, names in of.items() for name in names} | {"STRONGER": STRONGER}
 
 
 def footnote(settings: dict) -> str:
@@ -468,6 +372,7 @@ def footnote(settings: dict) -> str:
     return (
         f"{settings['clips']} clips of {settings['val']}, {settings['frames']} frames of {size}, stride 1; "
         f"{settings['sampling_steps']} sampling steps, guidance {settings['guidance']}, seed {settings['seed']}; "
+        f"objects marked: {settings['marked']}; "
         f"weights {settings['weights']}. Covariances: FVD over N, others over N - 1; nothing is added."
     )
 
@@ -476,89 +381,22 @@ def footnote(settings: dict) -> str:
 
 SHOWN = ("contacts_video", "fallen_video", "contacts", "epe_relative", "iou_last")  # beside Frechet distances
 
-# FVD and FVMD of Tables 1 and 3, on Physion with SVD's weights; by the name of our row: label, what trains it.
-TABLES = {
-    1: {
-        "one_stage": ("One-stage*", 173.0, 224.3),
-        "sparse_flow": ("MOFA-Video (ours: its sparse flow in our model)", 170.1, 226.2),
-        "motion_dreamer": ("Ours", 157.8, 205.1),
-    },
-    3: {
-        "motion_dreamer": ("Motion Dreamer", 157.8, 205.2),
-        "without_segmentation": ("w/o segmentation map", 243.7, 259.0),
-        "without_depth": ("w/o depth map", 167.0, 228.8),
-        "without_flow": ("w/o optical flow", 173.0, 224.3),
-        "without_motion_loss": ("w/o motion enhancement loss", 165.1, 210.1),
-        "sparse_flow": ("sparse optical flow", 169.1, 217.5),
-    },
-}
-
-
-# Hundreds of steps, not thousands: warm up soon, cool down for long, average over little.
-RECIPE = ["--lr", "8e-4", "--warmup", "30", "--cooldown", "0.6", "--ema", "0.99", "--sample-every", "0"]
-
-
-def train_row(row: str, arguments: argparse.Namespace) -> Path:
-    """Trains a row's model under --runs unless it is there: the same data, VAE, steps and seed for every row.
-
-    A Stage II that is configured as that of the full model is that one: it would train to the same weights."""
-    root = Path(arguments.runs)
-    name = f"{arguments.preset}-{arguments.steps}-{arguments.seed}"
-    base, folder = root / f"{name}-vae", root / f"{name}-{row}"
-    told = ["--preset", arguments.preset, "--data", arguments.data, "--seed", str(arguments.seed)]
-    told += ["--steps", str(arguments.steps), "--batch", str(arguments.train_batch), *RECIPE]
-    if not arguments.codec:
-        train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
-    for part in ("vae", "image_encoder"):
-        shutil.copytree(Path(arguments.codec or base) / part, folder / part, dirs_exist_ok=True)
-    told += ["--precision", arguments.precision] if arguments.precision else []
-    told += ["--val", arguments.val, "--val-every", str(arguments.steps)]
-    told += ["--set", *arguments.set] if arguments.set else []
-    if row == "one_stage":
-        train(folder, "one", told, arguments.quiet)
-        return folder
-    train(folder, "1", [*told, "--ablation", row], arguments.quiet)
-    if row != "motion_dreamer" and ABLATIONS[row][1] == STAGE2:
-        shutil.copytree(train_row("motion_dreamer", arguments) / "stage2", folder / "stage2", dirs_exist_ok=True)
-    else:
-        train(folder, "2", [*told, "--ablation", row], arguments.quiet)
-    return folder
-
-
-def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
-    """Runs train.py; a finished stage is left as it is, a killed one goes on. Raises ValueError when it fails, or when
-    it was finished with other settings."""
-    finished = folder / f"finished_{stage}.json"
-    if finished.exists():
-        if json.loads(finished.read_text()) != told:
-            raise ValueError(f"{finished}: was trained with other settings: take another --runs")
-        return
-    script = Path(__file__).with_name("train.py")
-    command = [sys.executable, str(script), "--stage", stage, "--out", str(folder), *told]
-    done = subprocess.run(command + ["--quiet"] * quiet, stdout=sys.stderr)
-    if done.returncode:
-        raise ValueError(f"{folder}: train.py --stage {stage} ended with exit code {done.returncode}")
-    finished.write_text(json.dumps(told))
-
 
 def table(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Our rows beside the paper's: Markdown, and the figures of every row."""
-    arguments.metrics, shared = ["fvd", "fvmd", "physics"], {}
-    results = {row: evaluate(arguments, train_row(row, arguments), shared) for row in TABLES[arguments.table]}
-    figures = {row: result["figures"]["model"] for row, result in results.items()}
-    some = next(iter(results.values()))["figures"]
-    names = [n for n in some["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
-    lines = ["| " + " | ".join(["method", "paper: FVD ↓", "paper: FVMD ↓", *(LABELS.get(n, n) for n in names)]) + " |"]
+    arguments.metrics, shared, rows = ["fvd", "fvmd", "physics"], {}, TABLES[arguments.table]
+    results = {row: evaluate(arguments, train_row(row, arguments), shared) for row in rows}
+    some = next(iter(results.values()))
+    names = [n for n in some["figures"]["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
+    lines = [line(["method", "paper: FVD ↓", "paper: FVMD ↓", *(LABELS.get(n, n) for n in names)])]
     lines.append("|---" * (len(names) + 3) + "|")
-    for row, (label, fvd, fvmd) in TABLES[arguments.table].items():
-        lines.append(
-            "| " + " | ".join([label, str(fvd), str(fvmd), *(cell(figures[row].get(n)) for n in names)]) + " |"
-        )
-    for source in BESIDE:
-        lines.append("| " + " | ".join([COLUMNS[source], "", "", *(cell(some[source].get(n)) for n in names)]) + " |")
-    ours = f"Ours: preset {arguments.preset}, {arguments.steps} steps a stage; {footnote(results[row]['settings'])}"
-    lines += ["", f"{ours} The paper: SVD's size, Physion. Only the order of rows compares."]
-    return "\n".join(lines), results
+    told = [
+        ([label, str(fvd), str(fvmd)], results[row]["figures"]["model"]) for row, (label, fvd, fvmd) in rows.items()
+    ]
+    told += [([COLUMNS[source], "", ""], some["figures"][source]) for source in BESIDE]
+    lines += [line([*first, *(cell(figures.get(n)) for n in names)]) for first, figures in told]
+    ours = f"Ours: preset {arguments.preset}, {arguments.steps} steps a stage; {footnote(some['settings'])}"
+    return "\n".join([*lines, "", f"{ours} The paper: SVD's size, Physion. Only the order of rows compares."]), results
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -566,37 +404,38 @@ def table(arguments: argparse.Namespace) -> tuple[str, dict]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--model", metavar="DIR", help="model folder")
-    what.add_argument("--table", type=int, choices=list(TABLES), help="train and compare the rows of a table instead")
-    what.add_argument("--data", required=True, metavar="DIR", help="held-out clips; with --table, clips to train on")
-    what.add_argument("--val", metavar="DIR", help="held-out clips for --table")
-    what.add_argument("--metrics", default="physics,demo", help="some of physics,fvd,fvmd,demo")
-    what.add_argument("--clips", type=int, default=200, help="at most")
-    what.add_argument("--samples", type=int, default=1, help="of a clip: their mean, and the best of them")
-    what.add_argument("--i3d", metavar="FILE_OR_REPO", help="i3d_torchscript.pt or a hub id that has it: adds FVD")
-    what.add_argument(
-        "--trackers", default="lk,flow", help="of FVMD: some of lk,flow,pips,exact (exact checks the others)"
+    what = parser.add_argument_group("what is measured").add_argument
+    what("--model", metavar="DIR", help="model folder")
+    what("--table", type=int, choices=list(TABLES), help="train and compare the rows of a table instead")
+    what("--data", required=True, metavar="DIR", help="held-out clips; with --table, clips to train on")
+    what("--val", metavar="DIR", help="held-out clips for --table")
+    what("--metrics", default="physics,demo", help="some of physics,fvd,fvmd,demo (default %(default)s)")
+    what("--clips", type=int, default=200, help="at most (default %(default)s)")
+    what("--samples", type=int, default=1, help="of a clip: their mean, and the best of them (default %(default)s)")
+    alone = "pushed: that one alone, and figures of objects count no other (default %(default)s)"
+    what("--marked", choices=("all", "pushed"), default="all", help=f"objects that the model is shown; {alone}")
+    what("--i3d", metavar="FILE_OR_REPO", help="i3d_torchscript.pt or a hub id that has it: adds FVD")
+    some = "some of lk,flow,pips,exact (exact checks the others; default %(default)s)"
+    what("--trackers", default="lk,flow", help=f"of FVMD: {some}")
+    what(
+        "--pips", metavar="FILE", default="pips2_weights.pth", help="weights of the tracker pips (default %(default)s)"
     )
-    what.add_argument(
-        "--pips", metavar="FILE", default="pips2_weights.pth", help="weights of the tracker pips (PIPs++)"
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument("--sampling-steps", type=int, default=10)
-    how.add_argument("--guidance", type=float, nargs=2, default=[1.0, 1.0], metavar=("FIRST", "LAST"))
-    how.add_argument("--batch", type=int, default=8, help="clips that are sampled together")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--cache", metavar="DIR", help="where samples are kept; default: in the data folder")
-    how.add_argument("--json", default="evaluation.json", metavar="FILE", help="all figures and every setting")
-    how.add_argument("--quiet", action="store_true", help="no progress bar")
-    rows = parser.add_argument_group("training of --table")
-    rows.add_argument("--steps", type=int, default=3000, help="of training, for each stage")
-    rows.add_argument("--train-batch", type=int, default=8, help="clips a step")
-    rows.add_argument("--preset", default="tiny")
-    rows.add_argument("--precision", choices=("fp32", "bf16"), help="of training; default: that of train.py")
-    rows.add_argument("--codec", metavar="DIR", help="VAE and image tower of this model folder; else they are trained")
-    rows.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StageConfig, in all rows")
-    rows.add_argument("--runs", default="runs/table", metavar="DIR", help="where its models are kept")
+    how = parser.add_argument_group("how").add_argument
+    how("--sampling-steps", type=int, default=10, help="of each stage (default %(default)s)")
+    how("--guidance", type=float, nargs=2, default=[1.0, 1.0], metavar=("FIRST", "LAST"), help="default 1 1: none")
+    how("--batch", type=int, default=8, help="clips that are sampled together (default %(default)s)")
+    how("--seed", type=int, default=0, help="of the noise, and of training (default %(default)s)")
+    how("--cache", metavar="DIR", help="where samples are kept; default: in the data folder")
+    how("--json", default="evaluation.json", metavar="FILE", help="figures and settings (default %(default)s)")
+    how("--quiet", action="store_true", help="no progress bar")
+    rows = parser.add_argument_group("training of --table").add_argument
+    rows("--steps", type=int, default=3000, help="of training, for each stage (default %(default)s)")
+    rows("--train-batch", type=int, default=8, help="clips a step (default %(default)s)")
+    rows("--preset", default="tiny", help="of train.py: size of the models (default %(default)s)")
+    rows("--precision", choices=("fp32", "bf16"), help="of training; default: that of train.py")
+    rows("--codec", metavar="DIR", help="VAE and image tower of this model folder; else they are trained")
+    rows("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of (Small)StageConfig, in all rows")
+    rows("--runs", default="runs/table", metavar="DIR", help="where its models are kept (default %(default)s)")
     return parser.parse_args()
 
 
@@ -620,11 +459,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("expected --model DIR or --table 1 or 3")
         arguments.val = arguments.data
         result = evaluate(arguments, Path(arguments.model))
-        text = markdown(result)
+        text = f"{markdown(result['figures'])}\n\n{footnote(result['settings'])}"
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-    partial_file = path.with_name(f"{path.name}.partial")
-    partial_file.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial_file, path)
+    written_whole(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
     print(text)
 
 

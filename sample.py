@@ -10,9 +10,10 @@
 The photo may have any size: it is resized into the model's, its edge repeated where the aspect differs, and that margin
 is cut off everything that is written. Arrows and maps are in pixels of the photo (inputs/photo.py).
 
-Writes video.mp4, flow.mp4, segmentation.mp4, depth.mp4, input.png (the image with its arrows), grid.gif (all side by
-side), motion.safetensors (flow in pixels, ids, depth) and run.json (settings, seconds, memory). A user's mistake is one
-line on stderr and exit code 2; the output folder and the video writer are tried before anything is computed.
+Writes video.mp4, flow.mp4, segmentation.mp4, depth.mp4, input.png (the image, its arrows, what is marked), grid.gif
+(all side by side), motion.safetensors (flow in pixels, ids, depth) and run.json (settings, seconds, memory). A user's
+mistake is one line on stderr and exit code 2; the output folder and the video writer are tried before anything is
+computed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 from clips import Motion, render
 from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_stay
-from motion_dreamer import MotionDreamer, dream
+from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
 from svd import VAE, ImageEncoder, UNet, image_to_video
 
@@ -45,44 +46,44 @@ SVD_PIXELS = 1024 * 576  # what SVD was trained on
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
-    option("image", nargs="?", help="a picture of any size; default: the demo's example")
-    option(
-        "arrows", nargs="*", help="arrows.json, or several: each gets a folder; without, nothing is told about motion"
-    )
+    option("image", nargs="?", help="a picture of any size (default: the demo's example)")
+    option("arrows", nargs="*", help="arrows.json, or several: each gets a folder (default: nothing is told of motion)")
     option("--model", default=str(DEMO), metavar="DIR", help="model folder (default: demo/)")
     option("--svd", metavar="WEIGHTS", help="plain Stable Video Diffusion: hub id, folder or svd.safetensors")
-    option("--out", default="out", metavar="DIR")
+    option("--out", default="out", metavar="DIR", help="folder that the files go to (default %(default)s)")
     option("--size", metavar="WxH", help="default: what the model was trained on; with --svd about the image's")
-    option("--segmentation", metavar="PNG", help="ids of the image's objects")
+    option("--segmentation", metavar="PNG", help="ids of the image's objects (default: what arrows.json says)")
     option(
         "--segment",
         choices=("auto", "sam", "none"),
         default="auto",
         help="the object of an arrow that names none, without a segmentation: SAM 2 at its tail; auto: SAM 2 where "
-        "transformers and the weights are here already, else the region of similar colour; none: an error",
+        "transformers and the weights are here already, else the region of similar colour; none: an error "
+        "(default %(default)s)",
     )
-    option("--segment-model", default="facebook/sam2.1-hiera-tiny", metavar="REPO_OR_DIR", help="SAM 2's weights")
+    sam, depth_model = "facebook/sam2.1-hiera-tiny", "depth-anything/Depth-Anything-V2-Small-hf"
+    option("--segment-model", default=sam, metavar="REPO_OR_DIR", help="SAM 2's weights (default %(default)s)")
     option(
         "--depth",
         default="auto",
         metavar="FILE|auto|estimate|none",
         help="a picture of 8 or 16 bit or .npy, any unit, larger = farther; estimate: by Depth-Anything; auto: what "
-        "arrows.json names, else an estimate where transformers and the weights are here already, else none",
+        "arrows.json names, else an estimate where transformers and the weights are here already, else none "
+        "(default %(default)s)",
     )
-    depth_model = "depth-anything/Depth-Anything-V2-Small-hf"
-    option("--depth-model", default=depth_model, metavar="REPO_OR_DIR", help="Depth-Anything's weights")
-    option("--stage", choices=("1", "2", "both"), default="both")
-    option("--seed", type=int, default=0)
-    option("--samples", type=int, default=1, metavar="K", help="K videos with seeds from --seed on, each in a folder")
-    option("--steps", type=int, default=25)
-    option("--frames", type=int, help="default: what the model was trained on")
-    option("--fps", type=float, help="default: what the model was trained on")
-    option("--motion-bucket", type=float, default=127.0, metavar="0..255", help="how much moves, for SVD and Stage II")
-    option("--guidance", type=float, nargs=2, metavar=("FIRST", "LAST"), help="first and last frame's scale")
+    option("--depth-model", default=depth_model, metavar="REPO_OR_DIR", help="its weights (default %(default)s)")
+    option("--stage", choices=("1", "2", "both"), default="both", help="motion, video or both (default %(default)s)")
+    option("--seed", type=int, default=0, help="of the noise (default %(default)s)")
+    option("--samples", type=int, default=1, metavar="K", help="videos, each with the next seed (default %(default)s)")
+    option("--steps", type=int, default=25, help="of sampling, for each stage (default %(default)s)")
+    option("--frames", type=int, help="default: what the model was trained on; with --svd 14")
+    option("--fps", type=float, help="default: what the model was trained on; with --svd 7")
+    moves = "how much moves, for Stage II and SVD (default %(default)g)"
+    option("--motion-bucket", type=float, default=MOTION_BUCKET, metavar="0..255", help=moves)
+    first_last = "scale in the first and the last frame (default 1 1: none; with --svd 1 3)"
+    option("--guidance", type=float, nargs=2, metavar=("FIRST", "LAST"), help=first_last)
     arguments = parser.parse_args()
     check_arguments(arguments)
     return arguments
@@ -168,10 +169,10 @@ def folders(arguments: argparse.Namespace) -> dict[Path, str | None]:
 
 def plan(arguments: argparse.Namespace, models: Models, given: dict[Path, Inputs]) -> list[Task]:
     """All videos of the command line: for every arrows file, --samples of them."""
-    thinking = [stage for stage in models.stages.values() if not stage.config.given]  # Stage II only paints
-    tasks, can_rest = [], all(getattr(stage.config, "told", False) for stage in thinking)
+    tasks, stage1 = [], models.stages.get("stage1")  # it makes the motion; Stage II is given it
+    can_stay = stage1 is None or getattr(stage1.config, "told", False)
     for folder, inputs in given.items():
-        if models.stages and not can_rest and (entry := told_to_stay(inputs.given)):
+        if not can_stay and (entry := told_to_stay(inputs.given)):
             raise ValueError(
                 f"{inputs.given.name}: {entry}: that tells something to stay, which this model does not understand; "
                 "leave it out, or take a model that was trained with --set told=true"
@@ -222,7 +223,8 @@ def write_all(folder: Path, inputs: Inputs, videos: dict[str, np.ndarray], motio
     for name, pictures in videos.items():
         write_video(folder / f"{name}.mp4", pictures, fps)
     scale, frames = max(1, 512 // inputs.rgb.shape[1]), len(next(iter(videos.values())))
-    picture = draw_arrows(inputs.rgb, inputs.arrows, arrows_to_flow(inputs.arrows, inputs.ids, frames), scale)
+    F = arrows_to_flow(inputs.arrows, inputs.ids, frames)
+    picture = draw_arrows(inputs.rgb, inputs.arrows, F, scale, inputs.ids)
     written_whole(folder / "input.png", Image.fromarray(picture).save)
     first = np.asarray(Image.fromarray(picture).resize(inputs.rgb.shape[1::-1], Image.Resampling.LANCZOS))
     write_grid(folder / "grid.gif", [np.repeat(first[None], frames, axis=0), *videos.values()], fps)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from inputs.arrows import Arrows
+from inputs import Arrows
 
 # ----------------------------------------------------------------------------------------------- pictures of flow
 
@@ -59,8 +59,11 @@ def color_wheel(size: int) -> np.ndarray:
     return flow_to_rgb(torch.where(flow.norm(dim=0) <= 1, flow, 0.0), max_magnitude=1.0)
 
 
-def draw_arrows(image: np.ndarray, arrows: Arrows, F: Tensor | None = None, scale: int = 1) -> np.ndarray:
-    """The image with the arrows on it, and their objects tinted by the colour of F [2, H, W].
+def draw_arrows(
+    image: np.ndarray, arrows: Arrows, F: Tensor | None = None, scale: int = 1, ids: Tensor | None = None
+) -> np.ndarray:
+    """The image with the arrows on it, their objects tinted by the colour of F [2, H, W], and all objects of ids [H, W]
+    outlined.
 
     image uint8 [H, W, 3] -> uint8 [scale H, scale W, 3]; every pixel becomes scale x scale of them. An arrow without
     length is a dot: "stays". What is far from arrows and objects keeps its colour.
@@ -69,7 +72,10 @@ def draw_arrows(image: np.ndarray, arrows: Arrows, F: Tensor | None = None, scal
     if F is not None:
         moving = (F != 0).any(dim=0).cpu().numpy()
         image[moving] = (0.5 * image[moving] + 0.5 * flow_to_rgb(F)[moving]).round()
-    picture = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1)).convert("RGBA")
+    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    if ids is not None:
+        image[_rims(ids.cpu().numpy().repeat(scale, axis=0).repeat(scale, axis=1))] = 255
+    picture = Image.fromarray(image).convert("RGBA")
     overlay = Image.new("RGBA", (picture.width * 3, picture.height * 3))  # three times as large: smooth edges
     width = max(2.0, 0.012 * max(picture.size)) * 3
     for color, extra in (("black", 0.35), ("white", 0.0)):
@@ -78,6 +84,13 @@ def draw_arrows(image: np.ndarray, arrows: Arrows, F: Tensor | None = None, scal
             _draw_arrow(ImageDraw.Draw(overlay), start, end, width, extra * width, color)
     overlay = overlay.convert("RGBa").resize(picture.size, Image.Resampling.BOX).convert("RGBA")
     return np.asarray(Image.alpha_composite(picture, overlay).convert("RGB"))
+
+
+def _rims(ids: np.ndarray) -> np.ndarray:
+    """bool [H, W]: pixels of an object that have another id beside, above or below them."""
+    around = np.pad(ids, 1, mode="edge")
+    beside = (around[1:-1, :-2], around[1:-1, 2:], around[:-2, 1:-1], around[2:, 1:-1])
+    return (ids > 0) & np.any([ids != other for other in beside], axis=0)
 
 
 def _draw_arrow(

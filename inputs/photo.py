@@ -192,6 +192,8 @@ def read_inputs(arguments: argparse.Namespace, arrows_path: str | None, device: 
     arrows, ids, told = apply_shapes(given, rgb, ids, find, how)
     for line in told:
         print(line)
+    if told:
+        print("Only the arrows' objects are marked. Mark every object that can move: --segmentation ids.png")
     objects = f"objects from {path}" if path else f"objects: {how}" if unnamed else "objects as the arrows say"
     depth = None if depth is None else torch.from_numpy(depth)
     return Inputs(rgb, given, arrows, torch.from_numpy(ids).long(), depth, f"{objects}; {depth_origin}")

@@ -1,5 +1,84 @@
 """Measures of generated motion and video, one function a figure: tensors in, dict out."""
 
-from metrics.frechet import *  # noqa: F403
-from metrics.motion import *  # noqa: F403
-from metrics.physics import *  # noqa: F403
+from metrics.features import Features, extractors_of
+from metrics.frechet import (
+    I3D,
+    WINDOW,
+    frechet_distance,
+    motion_histogram,
+    random_features,
+    set_distance,
+    tracked_features,
+)
+from metrics.labels import COLUMNS, LABELS, cell, line, markdown
+from metrics.motion import (
+    Maps,
+    Sums,
+    centroid_error,
+    combine,
+    depth_error,
+    flow_error,
+    frozen,
+    id_overlap,
+    mean_iou,
+    mean_of,
+    permanence,
+    psnr,
+    summarise,
+    two_classes,
+)
+from metrics.physics import (
+    Scene,
+    carry,
+    contact_pairs,
+    demo_figures,
+    displacement,
+    fallen_ids,
+    fallen_points,
+    half_time,
+    ids_by_color,
+    physics_figures,
+    rasterise,
+)
+
+__all__ = [
+    "COLUMNS",
+    "Features",
+    "I3D",
+    "LABELS",
+    "Maps",
+    "Scene",
+    "Sums",
+    "WINDOW",
+    "carry",
+    "cell",
+    "centroid_error",
+    "combine",
+    "contact_pairs",
+    "demo_figures",
+    "depth_error",
+    "displacement",
+    "extractors_of",
+    "fallen_ids",
+    "fallen_points",
+    "flow_error",
+    "frechet_distance",
+    "frozen",
+    "half_time",
+    "id_overlap",
+    "ids_by_color",
+    "line",
+    "markdown",
+    "mean_iou",
+    "mean_of",
+    "motion_histogram",
+    "permanence",
+    "physics_figures",
+    "psnr",
+    "random_features",
+    "rasterise",
+    "set_distance",
+    "summarise",
+    "tracked_features",
+    "two_classes",
+]

@@ -22,6 +22,12 @@ MOVING = 0.1  # pixels a frame: what is slower rests
 RESAMPLES = 1000  # of the bootstrap
 
 
+def frozen(maps: Maps) -> Maps:
+    """Nothing moves: the first frame again and again, flow 0."""
+    repeated = {name: maps[name][:1].expand_as(maps[name]) for name in ("rgb", "segmentation", "depth")}
+    return maps | repeated | {"flow": torch.zeros_like(maps["flow"])}
+
+
 # ------------------------------------------------------------------------------------------------- figures of one clip
 
 

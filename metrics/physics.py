@@ -226,16 +226,18 @@ def fallen_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
 
 
 def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
-    """Opposite, harder and no push in the same scene, by carried points; each against its own simulation.
+    """Opposite, harder and no push ("none") in the same scene, by carried points; each against its own simulation.
 
     both_ways: the pushed object goes at least a quarter of its true way along the true direction, for the push and
-    for its opposite. both_all_right: for both, exactly those that should have fallen have. standing: without an
-    arrow, objects that do not fall. quiet: mean |O| without an arrow over mean |O| with it. sooner: with the harder
-    push, half of all motion is done earlier than with the given one."""
+    for its opposite. both_all_right: for both, exactly those that should have fallen have. standing: when all are told
+    to stay, objects that do not fall. quiet: mean |O| then over mean |O| with the arrow. sooner: with the harder push,
+    half of all motion is done earlier than with the given one. A model that cannot be told to stay makes no "none" and
+    has neither standing nor quiet."""
     first, flows = scene.truth["arrow"]["segmentation"][0], {name: maps["flow"] for name, maps in made.items()}
     carried = {name: carry(flow, first) for name, flow in flows.items()}
-    still, count = fallen_points(*carried["none"]), len(objects_of(first))
-    figures = {"standing": (count - len(still), count)}
+    figures, count = {}, len(objects_of(first))
+    if "none" in made:
+        figures["standing"] = (count - len(fallen_points(*carried["none"])), count)
     if scene.pushed:
         ways, right = [], []
         for name in ("arrow", "opposite"):
@@ -243,7 +245,8 @@ def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
             ways.append(right_way(displacement(*carried[name], scene.pushed), true))
             right.append(fallen_points(*carried[name]) == set(scene.meta[name]["fallen"]) & set(objects_of(first)))
         figures |= {"both_ways": mean_of(all(ways)), "both_all_right": mean_of(all(right))}
-        figures["quiet"] = tuple(flows[name].norm(dim=1).mean().item() for name in ("none", "arrow"))
+        if "none" in made:
+            figures["quiet"] = tuple(flows[name].norm(dim=1).mean().item() for name in ("none", "arrow"))
         times = [half_time(flows[name]) for name in ("stronger", "arrow")]
         figures["sooner"] = mean_of(times[0] < times[1])  # NaN, no motion, is not sooner
     return figures
@@ -251,7 +254,7 @@ def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
 
 def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     """Everything that the demo model is judged by. made: maps by push; "rgb" of "arrow" is painted from true motion,
-    "rgb_own" from the source's own, whose ids are "told"."""
+    "rgb_own" from the source's own, whose ids are "told" (None: without ids)."""
     arrow, true = made["arrow"], scene.truth["arrow"]
     figures, first = fallen_figures(arrow, scene), true["segmentation"][0]
     if "segmentation" in arrow:
@@ -265,7 +268,7 @@ def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     if scene.pushed:  # where nothing is pushed, a still picture is perfect, and its decibels would drown the others
         figures["psnr"] = mean_of(psnr(arrow["rgb"], true["rgb"]))
         figures["psnr_own"] = mean_of(psnr(arrow["rgb_own"], true["rgb"]))
-    if "told" in arrow:
+    if arrow["told"] is not None:
         seen = ids_by_color(arrow["rgb_own"], first)
         figures["painted_ids"] = mean_of(mean_iou(seen, arrow["told"], background=True))
     return figures

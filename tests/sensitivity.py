@@ -15,7 +15,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import metrics  # noqa: E402
-from evaluate import LABELS, Features, cell, extractors_of, frozen, truth_of  # noqa: E402
+from evaluate import truth_of  # noqa: E402
+from metrics import LABELS, Features, cell, extractors_of, frozen  # noqa: E402
 
 SHOWN = (
     "epe_relative",
@@ -59,8 +60,7 @@ def main() -> None:
     parser.add_argument("data", metavar="DIR", help="clips of clips.simulate")
     parser.add_argument("--clips", type=int, default=24)
     arguments = parser.parse_args()
-    arguments.metrics, arguments.trackers, arguments.i3d = ["fvd", "fvmd"], ["lk", "flow"], None
-    features, rows = Features(extractors_of(arguments, "cpu"), exact=False), {}
+    features, rows = Features(extractors_of(["fvd", "fvmd"], ["lk", "flow"], None, None, "cpu")), {}
     for path in tqdm(sorted(Path(arguments.data).glob("*.safetensors"))[: arguments.clips]):
         scene = truth_of(path, 16, "cpu")
         whole = scene.truth["arrow"] | {"rgb_own": scene.truth["arrow"]["rgb"]}

@@ -1,5 +1,6 @@
 """The measures against hand-computed cases, loops, scipy and the simulator; evaluate.py through its command line."""
 
+import argparse
 import json
 import math
 import shutil
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from sensitivity import blurred, degraded
-from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
+from tiny import UNET_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
 
 import evaluate
 import metrics
-from evaluate import frozen, truth_of
-from metrics import frechet
+from clips import Clip
+from evaluate import truth_of
+from metrics import frechet, frozen
 from metrics.trackers import Pips, chain_flow, lucas_kanade
-from motion_dreamer import ONE_STAGE, STAGE1, STAGE2
+from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, MotionDreamer, SmallStageConfig, stage_class
+from training import tables
 
 simulate = pytest.importorskip("clips.simulate")
 from tracking import object_pixels, simulated, tracking_errors  # noqa: E402 (it needs the simulator)
@@ -412,7 +415,7 @@ def run(monkeypatch, *arguments):
 
 def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
-    monkeypatch.setattr(evaluate, "lucas_kanade", partial(lucas_kanade, levels=1, iterations=1))
+    monkeypatch.setattr(metrics.features, "lucas_kanade", partial(lucas_kanade, levels=1, iterations=1))
     told = ["--model", folders / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
     told += ["--batch", 2, "--quiet", "--json", tmp_path / "all.json", "--clips", 2]
     run(monkeypatch, *told, "--metrics", "physics,fvd,fvmd,demo", "--samples", 2, "--trackers", "lk,flow,exact")
@@ -422,12 +425,196 @@ def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
     assert printed.count("its tracks of the truth against exact tracks") == 2
     result = json.loads((tmp_path / "all.json").read_text())
     assert result["settings"]["clips"] == 2 and len(result["settings"]["weights"]) == 12
+    rules = result["settings"]["rules"]
+    assert rules["SET_RESAMPLES"] == 3 and rules["MOVING"] == 0.1 and rules["TILT"] == 30  # what was counted by
     still = result["figures"]["still"]
     assert still["epe_relative"]["value"] == pytest.approx(1) and still["standing"]["value"] == 1
     assert result["figures"]["truth"]["all_right_ids"]["clips"] == 2
-    demo = {"psnr", "psnr_own", "painted_ids", "both_ways", "quiet", "iou_last_carried", "fallen_carried"}
+    demo = {"psnr", "psnr_own", "painted_ids", "both_ways", "iou_last_carried", "fallen_carried"}
+    stay = {"quiet", "standing"}  # this model cannot be told to stay
     for source in ("model", "still", "codec", "truth"):
         assert demo <= result["figures"][source].keys()
+        assert result["figures"][source].keys() & stay == (set() if source == "model" else stay)
+    (line,) = (line for line in printed.splitlines() if "objects that stay standing" in line)
+    assert line.split(" | ")[1:4] == ["-", "-", "1.000 [1.000, 1.000]"]  # the model, its best of 2, nothing moves
+
+
+# ------------------------------------------------------------------------------------- what a model is told of a clip
+
+
+SETTINGS = {"sampling_steps": 1, "guidance": [1.0, 1.0], "seed": 0, "batch": 8, "marked": "all"}
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Of every sample: what is predicted, Told, and the Condition that reaches the network."""
+    calls, tell, control = [], MotionDreamer.tell, MotionDreamer.control
+
+    def tell_and_record(self, told, *rest):
+        calls.append([self.config.predict, told])
+        return tell(self, told, *rest)
+
+    def control_and_record(self, condition, frames):
+        calls[-1].append(condition)
+        return control(self, condition, frames)
+
+    monkeypatch.setattr(MotionDreamer, "tell", tell_and_record)
+    monkeypatch.setattr(MotionDreamer, "control", control_and_record)
+    return calls
+
+
+def sampler(cache, stage1=STAGE1, stage2=STAGE2, **settings):
+    """A sampler of a model with random weights."""
+    stages = []
+    for config in (stage1, stage2):
+        torch.manual_seed(0)
+        config = replace(config, **SIZES)
+        stages.append(randomize(stage_class(config)(config, UNET_CONFIG), scale=0.02))
+    model = evaluate.Model(*stages, tiny_vae(), tiny_tower())
+    return evaluate.Sampler(model, cache, SETTINGS | settings)
+
+
+def told_stage(config, told=True):
+    return SmallStageConfig(**vars(config), told=told)
+
+
+def test_every_clip_of_a_batch_is_told_its_own(folders, tmp_path, told):
+    """Frame rate and camera; the motion bucket only where the true motion is known anyway."""
+    rates, buckets = torch.tensor([5.0, 12.0]), torch.tensor([40.0, 200.0])
+    cameras = torch.tensor([[0.5, -1.0], [-0.25, 2.0]])
+    for i in (0, 1):
+        clip = Clip.load(folders / "data" / f"{i + 1}.safetensors")
+        clip = replace(clip, fps=rates[i].item(), camera=cameras[i].numpy(), meta={"motion_bucket": buckets[i].item()})
+        clip.save(tmp_path / f"{i}.safetensors")
+    scenes = [truth_of(path, 16, "cpu") for path in sorted(tmp_path.glob("*.safetensors"))]
+    some = sampler(tmp_path / "cache")
+    for kind, bucket in (("arrow", [127, 127]), ("rgb", buckets.tolist()), ("rgb_own", [127, 127])):
+        some.make(scenes, kind)
+        *_, condition = told[-1]
+        assert torch.equal(condition.camera, cameras)
+        assert torch.equal(condition.added_ids[:, 0], rates - 1)
+        assert condition.added_ids[:, 1].tolist() == bucket
+    assert [predict for predict, *_ in told] == [STAGE1.predict, ("rgb",), ("rgb",)]
+
+
+def test_only_a_stage_that_sees_what_is_told_is_told_to_stay(clips, tmp_path, told):
+    for clip in clips[:2]:
+        evaluate.add_other_pushes(clip, tmp_path, "cpu")
+    seeing, plain = (sampler(tmp_path / str(seen), told_stage(STAGE1, seen)) for seen in (True, False))
+    for some in (plain, sampler(tmp_path / "paper"), seeing):
+        views = evaluate.generated(clips[:2], some, evaluate.PUSHES, 0)
+        pushes = {"arrow", "opposite", "stronger"} | ({"none"} if some is seeing else set())
+        assert [view.keys() for view in views] == [pushes, pushes]
+        figures = metrics.demo_figures(views[0], clips[0])
+        assert {"both_ways", "sooner", "psnr_own"} <= figures.keys()
+        assert figures.keys() & {"standing", "quiet"} == ({"standing", "quiet"} if some is seeing else set())
+    _, none, condition = told[-3]  # then come two videos
+    ids = torch.stack([clip.truth["arrow"]["segmentation"][0] for clip in clips[:2]])[:, None]
+    assert (none.F == 0).all() and torch.equal(none.mask, (ids > 0).float())
+    assert torch.equal(condition.first_pictures[:, 9:], none.mask)  # the network sees it
+    _, arrow, _ = told[-6]
+    pushed = ids == torch.tensor([clip.pushed for clip in clips[:2]]).view(2, 1, 1, 1)
+    assert torch.equal(arrow.mask, pushed.float()) and torch.equal((arrow.F != 0).any(1, keepdim=True), pushed)
+
+
+def test_where_nobody_pushes_all_are_told_to_stay(clips, tmp_path, told):
+    assert clips[2].pushed == 0
+    sampler(tmp_path, told_stage(STAGE1)).make(clips[2:], "arrow")
+    ids = clips[2].truth["arrow"]["segmentation"][0]
+    assert (told[-1][1].F == 0).all() and torch.equal(told[-1][1].mask[0, 0], (ids > 0).float())
+
+
+def test_a_sparse_stage_gets_eight_points_of_the_pushed_object(clips, tmp_path, told):
+    sparse = [replace(config, control="sparse_flow") for config in (STAGE1, STAGE2)]
+    some = sampler(tmp_path, *sparse)
+    for kind in ("arrow", "rgb_own"):
+        some.make(clips, kind)
+        for F, clip in zip(told[-1][2].F, clips, strict=True):
+            ids, points = clip.truth["arrow"]["segmentation"][0], (F != 0).any(dim=0)
+            assert points.sum() == (8 if clip.pushed else 0)
+            assert (ids[points] == clip.pushed).all() and (ids == clip.pushed).sum() > 8
+    assert len(told) == 2
+
+
+def test_only_the_pushed_object_is_marked(folders, clips, monkeypatch, tmp_path, told):
+    """S_0 and, of the true motion, S_t hold it alone; the arrow and all else stay."""
+    scenes = [truth_of(clip.path, 16, "cpu", "pushed") for clip in clips]
+    for scene, clip in zip(scenes, clips, strict=True):
+        assert scene.meta == {"arrow": clip.meta["arrow"]}
+        whole, alone = clip.truth["arrow"], scene.truth["arrow"]
+        ids = whole["segmentation"]
+        kept = ids == clip.pushed if clip.pushed else ids > 0
+        assert torch.equal(alone["segmentation"], ids * kept) and all(
+            torch.equal(alone[name], whole[name]) for name in whole.keys() - {"segmentation", "rgb_own", "told"}
+        )
+        for config in (STAGE1, replace(STAGE1, reduce="start")):
+            arrows = (evaluate.one_arrow(some, "arrow", config)[0] for some in (scene, clip))
+            assert torch.equal(*arrows)
+    assert clips[0].pushed and set(scenes[0].truth["arrow"]["segmentation"].unique().tolist()) == {0, clips[0].pushed}
+
+    sampler(tmp_path).make(clips[:1], "codec/arrow")  # another marking, in the same cache
+    some = sampler(tmp_path, marked="pushed")
+    assert set(some.make(scenes[:1], "codec/arrow")[0]["segmentation"].unique().tolist()) == {0, clips[0].pushed}
+    painted = []
+    encode = MotionDreamer.encode
+    monkeypatch.setattr(
+        MotionDreamer, "encode", lambda self, name, maps, *rest: painted.append(maps) or encode(self, name, maps, *rest)
+    )
+    made = some.make(scenes[:1], "arrow")[0]
+    assert torch.equal(told[-1][1].segmentation[0], scenes[0].truth["arrow"]["segmentation"][0])
+    assert set(made["segmentation"].unique().tolist()) <= {0, clips[0].pushed}
+    some.make(scenes[:1], "rgb")
+    assert torch.equal(painted[-1]["segmentation"][0], scenes[0].truth["arrow"]["segmentation"])
+    assert torch.equal(painted[-1]["flow"][0], clips[0].truth["arrow"]["flow"])
+
+
+def test_marked_pushed_from_the_command_line(folders, monkeypatch, capsys, tmp_path):
+    told = ["--model", folders / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
+    told += ["--batch", 2, "--quiet", "--json", tmp_path / "all.json", "--clips", 2, "--metrics", "demo,physics"]
+    results = []
+    for marked in ("all", "pushed"):  # with one cache
+        run(monkeypatch, *told, "--marked", marked)
+        assert f"objects marked: {marked};" in capsys.readouterr().out
+        results.append(json.loads((tmp_path / "all.json").read_text()))
+        truth = results[-1]["figures"]["truth"]
+        assert truth["iou_mean"]["value"] == truth["all_right_ids"]["value"] == 1 and results[-1]["settings"]["marked"]
+    for source in ("model", "codec", "still"):
+        every, alone = (result["figures"][source] for result in results)
+        assert every["ids_miou"]["value"] != alone["ids_miou"]["value"]
+        assert every["epe_all"]["clips"] == alone["epe_all"]["clips"] == 2
+    assert every["epe_all"] == alone["epe_all"]  # of "still": the flow's truth is the same
+    assert every["iou_last"] != alone["iou_last"]
+
+
+@pytest.mark.parametrize("stages", ["two", "one"])
+def test_the_best_of_several_is_the_nearest(clips, monkeypatch, stages):
+    """By flow, or by the video if there is no flow; the best is not the first, and another one for each clip."""
+    scenes, names = clips[:2], ("flow", "rgb_own") if stages == "two" else ("rgb_own",)
+    truth = [scene.truth["arrow"] | {"rgb_own": scene.truth["arrow"]["rgb"]} for scene in scenes]
+    worse = [frozen(maps) for maps in truth]
+    worse = [maps | {"rgb_own": maps["rgb"]} for maps in worse]
+    tries = [[worse[0], worse[1]], [worse[0], truth[1]], [truth[0], worse[1]]]
+
+    def generated(scenes, sampler, pushes, seed):
+        return [{"arrow": {name: maps[name] for name in names} | {"told": None}} for maps in tries[seed]]
+
+    monkeypatch.setattr(evaluate, "generated", generated)
+    arguments = argparse.Namespace(metrics=["physics"], samples=3)
+    rows = evaluate.measure(scenes, None, arguments, metrics.Features({}), alone=True)
+    assert rows.keys() == {"model", "best of 3"}
+    for scene, true, wrong, best, mean in zip(scenes, truth, worse, rows["best of 3"], rows["model"], strict=True):
+        right, bad = (metrics.physics_figures({"arrow": {n: m[n] for n in names}}, scene) for m in (true, wrong))
+        assert best == right != bad
+        assert mean["fallen_video"] == tuple(np.add(right["fallen_video"], 2 * np.array(bad["fallen_video"])))
+
+
+def test_the_best_where_nothing_moves_is_the_quietest(clips):
+    flow = clips[2].truth["arrow"]["flow"]
+    errors = [evaluate.error_of({"arrow": {"flow": flow + by}}, clips[2]) for by in (2.0, 1.0)]
+    assert errors[1] < errors[0]
+
+
+# ------------------------------------------------------------------------------------------------ samples that are kept
 
 
 def test_samples_are_kept(folders, monkeypatch, capsys, tmp_path):
@@ -453,6 +640,10 @@ def test_another_stage_2_leaves_the_samples_of_stage_1(folders, monkeypatch, cap
         tiny_stage(replace(config, **SIZES), scale=0.03).save_pretrained(tmp_path / "model" / stage)
         run(monkeypatch, *told)
     assert stages == [True, False, True]  # only Stage II; then Stage I, and Stage II since its motion is another
+    config = tmp_path / "model" / "stage1" / "config.json"  # the same weights, told another arrow
+    config.write_text(config.read_text().replace('"reduce": "instance"', '"reduce": "start"'))
+    run(monkeypatch, *told)
+    assert stages[3:] == [False, True]
 
 
 def test_table_1(folders, monkeypatch, capsys, tmp_path):
@@ -463,7 +654,7 @@ def test_table_1(folders, monkeypatch, capsys, tmp_path):
         source = folders / ("one" if folder.name.endswith("one_stage") else "model")
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(evaluate, "train", train)
+    monkeypatch.setattr(tables, "train", train)
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
     told = [
         "--trackers",
@@ -496,15 +687,15 @@ def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
         assert "--set" in told and (folder / "vae").exists()
         shutil.copytree(folders / "model" / f"stage{stage}", folder / f"stage{stage}", dirs_exist_ok=True)
 
-    monkeypatch.setattr(evaluate, "train", train)
+    monkeypatch.setattr(tables, "train", train)
     told = ["--table", 3, "--data", "data", "--val", "val", "--codec", folders / "model", "--runs", tmp_path / "runs"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, told), "--steps", "5", "--set", "mask_ratio=0.7"])
     arguments = evaluate.parse_arguments()
-    folder = evaluate.train_row("without_motion_loss", arguments)
+    folder = tables.train_row("without_motion_loss", arguments)
     full = "tiny-5-0-motion_dreamer"
     assert commands == [("tiny-5-0-without_motion_loss", "1"), (full, "1"), (full, "2")]
     assert (folder / "stage2" / "config.json").exists()
-    evaluate.train_row("without_flow", arguments)
+    tables.train_row("without_flow", arguments)
     assert [c[1] for c in commands[3:]] == ["1", "2"]
 
 

@@ -144,7 +144,10 @@ def test_from_the_files_to_the_model(tmp_path_factory, content, size, ids_size, 
     if fitted:
         inputs, canvas = fitted
         flow_is_finite(inputs.arrows, inputs.ids, 4)
-        parts = [part for part in inputs.told(4, canvas, "cpu") if part is not None]
-        assert all(torch.isfinite(part.float()).all() for part in parts)
-        assert all(part.shape[-2:] == model[::-1] for part in parts[:-1])
+        told = {name: part for name, part in inputs.told(4, canvas, "cpu").items() if part is not None}
+        assert all(torch.isfinite(part.float()).all() for part in told.values())
+        assert told.pop("camera").shape == (1, 2)
+        assert {"image", "F", "mask"} <= told.keys() <= {"image", "F", "mask", "segmentation", "depth"}
+        assert all(part.shape[0] == 1 and part.shape[-2:] == model[::-1] for part in told.values())
+        assert ((told["F"] == 0) | (told["mask"] == 1)).all()  # what moves is told
         assert inputs.depth is None or (inputs.depth > 0).all()

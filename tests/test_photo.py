@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from inputs import read_depth, read_rgb, read_segmentation
+from inputs import Arrows, Inputs, fit, read_depth, read_rgb, read_segmentation
 
 
 def test_read_rgb_formats(tmp_path):
@@ -53,6 +54,32 @@ def test_read_depth(tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="bad.npy"):
         read_depth(tmp_path / "bad.npy")
+
+
+@pytest.mark.parametrize(
+    ("said", "told", "moving"),
+    [
+        ({"arrows": []}, [], []),
+        ({"arrows": [[5, 3]]}, [7], [7]),
+        ({"arrows": [[2, 3]]}, [7], []),
+        ({"arrows": [[5, 3]], "rest": "still"}, [7, 9], [7]),
+        ({"arrows": [], "rest": "still"}, [7, 9], []),
+    ],
+)
+def test_what_is_told_keeps_stay_from_nothing(said, told, moving):
+    """F and mask on the model's canvas, after resizing, margin included."""
+    ids = np.zeros((8, 20), np.uint8)
+    ids[2:6, :5], ids[2:6, 12:18] = 7, 9  # one reaches the edge, which the margin repeats
+    arrows = [{"start": [2, 3], "end": end, "instance": 7} for end in said["arrows"]]
+    given = Arrows.from_dict(said | {"arrows": arrows, "camera": [0.5, -1]})
+    rgb = np.zeros((8, 20, 3), np.uint8)
+    inputs, canvas = fit(Inputs(rgb, given, given, torch.from_numpy(ids).long(), None, ""), 40, 40)
+    found = inputs.told(5, canvas, "cpu")
+    seen = found["segmentation"]
+    assert found["depth"] is None and found["camera"].tolist() == [[0.5, -1]] and canvas.inner == (16, 40)
+    assert found["image"].shape == (1, 3, 40, 40) and seen.shape == (1, 40, 40) and seen.unique().tolist() == [0, 7, 9]
+    assert torch.equal(found["mask"][:, 0], torch.isin(seen, torch.tensor(told, dtype=torch.long)).float())
+    assert torch.equal((found["F"] != 0).any(1), torch.isin(seen, torch.tensor(moving, dtype=torch.long)))
 
 
 @pytest.mark.parametrize("read", [read_rgb, read_segmentation, read_depth])

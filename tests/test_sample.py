@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
+from tiny import UNET_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
 
 import sample
 import show
 from inputs.find import at_hand
 from inputs.photo import fit, read_inputs
-from motion_dreamer import STAGE1, STAGE2, Motion
+from motion_dreamer import STAGE1, STAGE2, Motion, MotionDreamer, SmallMotionDreamer, SmallStageConfig
 from svd import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +91,106 @@ def test_writes_every_file_and_each_can_be_opened(given, monkeypatch):
     assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e7 and record["torch"] == torch.__version__
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """Of every sample: which stage, Told, and the Condition that reaches the network."""
+    calls, tell, control = [], MotionDreamer.tell, MotionDreamer.control
+
+    def tell_and_record(self, told, *rest):
+        calls.append(["stage2" if self.config.given else "stage1", told])
+        return tell(self, told, *rest)
+
+    def control_and_record(self, condition, frames):
+        calls[-1].append(condition)
+        return control(self, condition, frames)
+
+    monkeypatch.setattr(MotionDreamer, "tell", tell_and_record)
+    monkeypatch.setattr(MotionDreamer, "control", control_and_record)
+    return calls
+
+
+def test_the_motion_bucket_reaches_stage_two_and_the_record(given, monkeypatch, told):
+    for extra, bucket in (([], 127), (["--motion-bucket", "30"], 30)):
+        out = given.run(monkeypatch, *extra, steps=1)
+        assert json.loads((out / "run.json").read_text())["motion_bucket"] == bucket
+        (first, _, condition), (second, _, painting) = told[-2:]
+        assert (first, second) == ("stage1", "stage2")
+        assert condition.added_ids[0, 1] == 127  # it would say how much will move
+        assert painting.added_ids[0, 1] == bucket
+
+
+@pytest.mark.parametrize(("extra", "fps"), [([], 10), (["--fps", "12"], 12)])
+def test_video_plays_as_fast_as_the_clips_that_the_model_learned_from(given, monkeypatch, told, extra, fps):
+    set_config(given, fps=10.0)
+    out = given.run(monkeypatch, *extra, steps=1)
+    for name in ("video", "flow"):
+        assert iio.immeta(out / f"{name}.mp4", plugin="FFMPEG")["fps"] == pytest.approx(fps)
+    with Image.open(out / "grid.gif") as grid:
+        assert grid.info["duration"] == pytest.approx(1000 / fps, abs=10)  # in hundredths of a second
+    assert json.loads((out / "run.json").read_text())["fps"] == fps
+    assert [condition.added_ids[0, 0] for *_, condition in told] == [fps - 1, fps - 1]
+
+
+def test_a_sparse_stage_gets_eight_points(given, monkeypatch, told):
+    object_ = torch.from_numpy(given.clip.segmentation[0] == 2)
+    y, x = object_.nonzero()[0].tolist()
+    given.change(arrows=[{"start": [x, y], "end": [x + 4, y + 2]}])
+    given.run(monkeypatch, steps=1)
+    set_config(given, control="sparse_flow")
+    given.run(monkeypatch, steps=1)
+    assert object_.sum() > 8 and len(told) == 4
+    for i, (*_, condition) in enumerate(told):
+        points = (condition.F[0] != 0).any(dim=0)
+        assert points.sum() == (8 if i > 1 else object_.sum()) and object_[points].all()
+        assert condition.F[0, :, points].unique(dim=1).shape[1] == 1  # the arrow
+
+
+def test_a_stage_that_sees_what_is_told_can_be_told_to_stay(given, monkeypatch, told):
+    """By "rest" all objects, by an arrow of no length its object; with neither, nothing is told."""
+    folder = own_model(given) / "stage1"
+    config = SmallStageConfig(**vars(MotionDreamer.from_pretrained(folder).config), told=True)
+    torch.manual_seed(0)
+    randomize(SmallMotionDreamer(config, UNET_CONFIG), scale=0.1).save_pretrained(folder)
+    entry, ids = given.arrows["arrows"][0], given.clip.segmentation[0]
+    masks = {
+        "nothing": ({"arrows": []}, ids < 0),
+        "rest": ({"arrows": [], "rest": "still"}, ids > 0),
+        "no length": ({"arrows": [entry | {"end": entry["start"]}]}, ids == 1),
+    }
+    for name, (change, mask) in masks.items():
+        given.change(**change)
+        given.run(monkeypatch, "--stage", "1", steps=1, out=name)
+        _, what, condition = told[-1]
+        assert (what.F == 0).all() and np.array_equal(what.mask[0, 0], mask)
+        assert torch.equal(condition.first_pictures[:, 9:], what.mask)
+    flows = {name: Motion.load(given.folder / name / "motion.safetensors").flow for name in masks}
+    assert all((flows["nothing"] != flows[name]).any() for name in ("rest", "no length"))
+    given.run(monkeypatch, "--stage", "2", steps=1, out="no length")  # Stage II paints what it is given
+
+
+def set_config(given, **fields):
+    """Another configuration of the same weights."""
+    for stage in ("stage1", "stage2"):
+        path = (given.folder / "model" if given.model.parent == given.folder else own_model(given)) / stage
+        config = json.loads((path / "config.json").read_text())
+        config["stage"] |= fields
+        (path / "config.json").write_text(json.dumps(config))
+
+
+def test_help_shows_defaults(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "None" not in text and str(ROOT) not in text
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    for name, value in vars(sample.parse_arguments()).items():
+        if isinstance(value, int | float | str) and name != "model":
+            after = text.split("options:")[1].split(f" --{name.replace('_', '-')} ")[1].split(" --")[0]
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            assert f"default {shown})" in after.replace("Depth- A", "Depth-A"), name
+
+
 def video_of(out):
     return iio.imread(out / "video.mp4", plugin="FFMPEG").astype(float)
 
@@ -123,7 +223,21 @@ def test_without_arrows_maps_or_segmentation(given, monkeypatch, capsys):
     assert (out / "video.mp4").exists()
     unnamed(given)
     given.run(monkeypatch, "--stage", "1", out="grown")
-    assert "no segmentation given, its object is the region of similar colour" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no segmentation given, its object is the region of similar colour" in printed
+    assert printed.count("Mark every object that can move: --segmentation ids.png\n") == 1
+
+
+def test_what_is_marked_can_be_seen(given, monkeypatch, capsys):
+    """Objects without an arrow have an outline in input.png; where all are marked, no hint is printed."""
+    given.change(arrows=[])
+    ids = given.clip.segmentation[0]
+    y, x = np.argwhere(ids == 2)[0]
+    out = given.run(monkeypatch, "--stage", "1", steps=1)
+    assert "Mark every object" not in capsys.readouterr().out
+    scale = 512 // WIDTH
+    picture = np.asarray(Image.open(out / "input.png"))[y * scale : (y + 1) * scale, x * scale : (x + 1) * scale]
+    assert (picture[0] == 255).all() and (picture[1:-1, 1:-1] == given.clip.rgb[0, y, x]).all()
 
 
 def test_plain_svd(given, monkeypatch):
@@ -219,6 +333,14 @@ MISTAKES = {
     "truncated image": (lambda g: cut_noise(g, "image.png"), [], "image.png: "),
     "truncated depth": (lambda g: cut_noise(g, "depth.png"), [], "depth.png: "),
     "truncated ids": (lambda g: cut_noise(g, "ids.png"), [], "ids.png: "),
+    "no length": (
+        lambda g: one_arrow(g, end=g.arrows["arrows"][0]["start"]),
+        [],
+        "arrows.json: arrow 1 has no length: that tells something to stay",
+    ),
+    "rest": (lambda g: g.change(rest="still"), [], 'arrows.json: "rest" is "still": that tells something to stay'),
+    "rest of Stage I": (lambda g: g.change(arrows=[], rest="still"), ["--stage", "1"], '"rest" is "still"'),
+    "motion bucket": (lambda g: None, ["--motion-bucket", "256"], "--motion-bucket 256: expected 0 to 255"),
     "object too small": (
         lambda g: one_arrow(g, box=[8, 8, 9, 9]),
         ["--size", "6x4"],
@@ -316,8 +438,11 @@ def test_an_arrow_lands_on_the_same_object_and_scales_with_it(tmp_path, monkeypa
     fitted, canvas = fit(inputs, WIDTH, HEIGHT)
     (h, w), scale = canvas.inner, min(WIDTH / width, HEIGHT / height)
     assert (h, w) == (round(height * scale), round(width * scale)) and (h == HEIGHT or w == WIDTH)
-    image, ids, depth, F, _ = (value[0] for value in fitted.told(5, canvas, "cpu"))
-    assert image.shape[1:] == ids.shape == depth.shape == F.shape[1:] == (HEIGHT, WIDTH)
+    names, told = ("image", "segmentation", "depth", "F", "mask"), fitted.told(5, canvas, "cpu")
+    assert told.keys() == {*names, "camera"}
+    image, ids, depth, F, mask = (told[name][0] for name in names)
+    assert image.shape[1:] == ids.shape == depth.shape == F.shape[1:] == mask.shape[1:] == (HEIGHT, WIDTH)
+    assert torch.equal(mask[0], (ids == 7).float())
     arrow = inputs.given.arrows[0]
     vector = np.subtract(arrow.end, arrow.start) * (w / width, h / height) / 4
     assert np.allclose(F[:, ids == 7], vector[:, None], rtol=1e-5) and (F[:, ids == 0] == 0).all()
@@ -326,7 +451,7 @@ def test_an_arrow_lands_on_the_same_object_and_scales_with_it(tmp_path, monkeypa
     assert 0.4 < (canvas.crop(ids) == 7).float().mean() / (1 / 24) < 1.8  # of the picture, as before
     red = canvas.crop(image)[:, row, column]
     assert red[0] > 0.2 and red[1] < -0.2
-    for value in (image, ids, depth, F):
+    for value in (image, ids, depth, F, mask):
         assert torch.equal(canvas.crop(canvas.pad(canvas.crop(value))), canvas.crop(value))
         assert torch.equal(canvas.pad(canvas.crop(value)), value)  # the margin repeats the edge
 

@@ -78,6 +78,23 @@ def test_draw_arrows_near_not_far(scale):
     assert (image >= 100).all() and (image < 150).all()
 
 
+@pytest.mark.parametrize("scale", [1, 3])
+def test_draw_arrows_outlines_what_is_marked(scale):
+    image = np.full((12, 16, 3), 100, np.uint8)
+    ids = torch.zeros(12, 16, dtype=torch.long)
+    ids[2:8, 3:8], ids[2:8, 8:12] = 1, 2  # two that touch
+    ids[11, 15] = 3
+    picture = draw_arrows(image, make(), None, scale, ids)
+    inside, rim = torch.zeros(12 * scale, 16 * scale), torch.zeros(12 * scale, 16 * scale)
+    for top, bottom, left, right in ((2, 8, 3, 8), (2, 8, 8, 12)):
+        rim[top * scale : bottom * scale, left * scale : right * scale] = 1
+        inside[top * scale + 1 : bottom * scale - 1, left * scale + 1 : right * scale - 1] = 1
+    rim[11 * scale, 15 * scale :] = rim[11 * scale :, 15 * scale] = 1  # in a corner, the picture's edge is none
+    white = (picture == 255).all(-1)
+    assert np.array_equal(white, (rim - inside).bool()) and (picture[~white] == 100).all()
+    assert (image == 100).all()
+
+
 def test_draw_arrows_leaves_the_image_and_may_end_outside():
     image = np.full((20, 20, 3), 128, np.uint8)
     picture = draw_arrows(image, make({"start": [10, 10], "end": [500, -90]}))

@@ -1,0 +1,71 @@
+"""What the Frechet distances of a set of clips are made of: which features of which map, clip by clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from metrics.frechet import I3D, random_features, set_distance, tracked_features
+from metrics.motion import Maps
+from metrics.physics import Scene
+from metrics.trackers import Pips, chain_flow, lucas_kanade
+
+Extractor = tuple[str, Callable[[Tensor], Tensor]]  # the map that it looks at, and the features [M, D] of one clip
+
+
+def extractors_of(
+    groups: Sequence[str], trackers: Sequence[str], i3d: str | None, pips: str | None, device: str
+) -> dict[str, list[Extractor]]:
+    """By the name that is printed; of several extractors (random networks), the distances are averaged.
+
+    groups: "fvd", "fvmd" or both. i3d: weights of FVD's network, without which there are only the stand-ins. trackers
+    of FVMD: "lk", "pips" (weights: pips), "flow"."""
+    found: dict[str, list[Extractor]] = {}
+    if "fvd" in groups:
+        if i3d:
+            network = I3D(i3d, device)
+            found[f"FVD (I3D {network.sha256[:8]}, 224x224) ↓"] = [("rgb_own", network)]
+        for name, motion in (("rfvd_app (not FVD) ↓", False), ("rfvd_mot (not FVD) ↓", True)):
+            found[name] = [("rgb_own", partial(random_features, seed=seed, motion=motion)) for seed in range(3)]
+    if "fvmd" in groups:
+        if "lk" in trackers:
+            found["FVMD (Lucas-Kanade) ↓"] = [("rgb_own", partial(tracked_features, lucas_kanade))]
+        if "pips" in trackers:
+            track = partial(tracked_features, Pips.load(pips, device), enlarge=True)
+            found["FVMD (PIPs++) ↓"] = [("rgb_own", track)]
+        if "flow" in trackers:
+            found["FVMD (chained flow) ↓"] = [("flow", partial(tracked_features, chain_flow))]
+    return found
+
+
+class Features:
+    """Features of clips by name and source, and the Frechet distances between their sets."""
+
+    def __init__(self, extractors: dict[str, list[Extractor]], exact: Callable[[Scene], Tensor] | None = None) -> None:
+        """exact: FVMD's features of a scene by a perfect tracker of the truth, against which the others are checked."""
+        self.extractors, self.exact, self.found = extractors, exact, {}
+
+    def add(self, source: str, maps: Maps, scene: Scene) -> None:
+        for name, several in self.extractors.items():
+            for k, (modality, extract) in enumerate(several):
+                if modality in maps:
+                    self.found.setdefault((name, k), {}).setdefault(source, []).append(extract(maps[modality]))
+        if self.exact and source == "truth":
+            self.found.setdefault("exact", {}).setdefault("truth", []).append(self.exact(scene))
+
+    def distances(self, source: str) -> dict[str, dict]:
+        """Distance of a source's set from the truth's; for "truth" the floor, one half of it against the other."""
+        figures = {}
+        for name, several in self.extractors.items():
+            parts = [self.found.get((name, k), {}) for k in range(len(several))]
+            if all(source in part for part in parts):
+                pairs = [(part[source], part["truth"]) for part in parts]
+                ddof, scaled = 0 if name.startswith("FVD") else 1, name.startswith("rfvd")  # FVD's covariance is over N
+                figures[name] = set_distance(pairs, source == "truth", ddof, scaled)
+        for name in self.extractors if source == "truth" and self.exact else ():
+            if name.startswith("FVMD"):
+                pair = (self.found[(name, 0)]["truth"], self.found["exact"]["truth"])
+                figures[f"{name[:-2]}: its tracks of the truth against exact tracks ↓"] = set_distance([pair])
+        return figures

@@ -1,0 +1,78 @@
+"""The rows of the paper's Tables 1 and 3, and the training of a model for each; all else is the same in all rows.
+
+folder = train_row("without_depth", arguments)     # the arguments of evaluate.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from motion_dreamer import ABLATIONS, STAGE2
+
+# By the name of our row: what the paper calls it, and its FVD and FVMD there, on Physion with SVD's weights.
+TABLES = {
+    1: {
+        "one_stage": ("One-stage*", 173.0, 224.3),
+        "sparse_flow": ("MOFA-Video (ours: its sparse flow in our model)", 170.1, 226.2),
+        "motion_dreamer": ("Ours", 157.8, 205.1),
+    },
+    3: {
+        "motion_dreamer": ("Motion Dreamer", 157.8, 205.2),
+        "without_segmentation": ("w/o segmentation map", 243.7, 259.0),
+        "without_depth": ("w/o depth map", 167.0, 228.8),
+        "without_flow": ("w/o optical flow", 173.0, 224.3),
+        "without_motion_loss": ("w/o motion enhancement loss", 165.1, 210.1),
+        "sparse_flow": ("sparse optical flow", 169.1, 217.5),
+    },
+}
+
+# Hundreds of steps, not thousands: warm up soon, cool down for long, average over little.
+RECIPE = ["--lr", "8e-4", "--warmup", "30", "--cooldown", "0.6", "--ema", "0.99", "--sample-every", "0"]
+
+
+def train_row(row: str, arguments: argparse.Namespace) -> Path:
+    """Trains a row's model under --runs unless it is there: the same data, VAE, steps and seed for every row.
+
+    A Stage II that is configured as that of the full model is that one: it would train to the same weights."""
+    root = Path(arguments.runs)
+    name = f"{arguments.preset}-{arguments.steps}-{arguments.seed}"
+    base, folder = root / f"{name}-vae", root / f"{name}-{row}"
+    told = ["--preset", arguments.preset, "--data", arguments.data, "--seed", str(arguments.seed)]
+    told += ["--steps", str(arguments.steps), "--batch", str(arguments.train_batch), *RECIPE]
+    if not arguments.codec:
+        train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
+    for part in ("vae", "image_encoder"):
+        shutil.copytree(Path(arguments.codec or base) / part, folder / part, dirs_exist_ok=True)
+    told += ["--precision", arguments.precision] if arguments.precision else []
+    told += ["--val", arguments.val, "--val-every", str(arguments.steps)]
+    told += ["--set", *arguments.set] if arguments.set else []
+    if row == "one_stage":
+        train(folder, "one", told, arguments.quiet)
+        return folder
+    train(folder, "1", [*told, "--ablation", row], arguments.quiet)
+    if row != "motion_dreamer" and ABLATIONS[row][1] == STAGE2:
+        shutil.copytree(train_row("motion_dreamer", arguments) / "stage2", folder / "stage2", dirs_exist_ok=True)
+    else:
+        train(folder, "2", [*told, "--ablation", row], arguments.quiet)
+    return folder
+
+
+def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
+    """Runs train.py; a finished stage is left as it is, a killed one goes on. Raises ValueError when it fails, or when
+    it was finished with other settings."""
+    finished = folder / f"finished_{stage}.json"
+    if finished.exists():
+        if json.loads(finished.read_text()) != told:
+            raise ValueError(f"{finished}: was trained with other settings: take another --runs")
+        return
+    script = Path(__file__).parents[1] / "train.py"
+    command = [sys.executable, str(script), "--stage", stage, "--out", str(folder), *told]
+    done = subprocess.run(command + ["--quiet"] * quiet, stdout=sys.stderr)
+    if done.returncode:
+        raise ValueError(f"{folder}: train.py --stage {stage} ended with exit code {done.returncode}")
+    finished.write_text(json.dumps(told))
