@@ -19,6 +19,7 @@ from torch import Tensor
 
 IDS = 256  # 0 is the background
 REDUCTIONS = ("instance", "first_mask", "pixel", "start")
+MASK_UNITS = ("instance", "pixel", "element")
 
 # ----------------------------------------------------------------------------------------- from dense flow: Eq. 1 - 3
 

@@ -37,7 +37,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from clips import Motion, draft_video, render, unrender
-from instance_flow import REDUCTIONS, sparse_points
+from instance_flow import MASK_UNITS, REDUCTIONS, sparse_points
 from splat import softsplat
 from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video, gaussian, karras_sigmas
 from weights import Source, open_folder, read_stage, save_folder
@@ -76,13 +76,8 @@ class StageConfig:
     fps: float = 7.0
 
     def __post_init__(self) -> None:
-        choices = {
-            "parameterization": ("x0", "v"),
-            "control": ("instance_flow", "sparse_flow", "none"),
-            "reduce": REDUCTIONS,
-            "mask_unit": ("instance", "pixel", "element"),
-            "splat_time": ("linear", "constant"),
-        }
+        choices = {"parameterization": ("x0", "v"), "control": ("instance_flow", "sparse_flow", "none")}
+        choices |= {"reduce": REDUCTIONS, "mask_unit": MASK_UNITS, "splat_time": ("linear", "constant")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
@@ -102,8 +97,7 @@ class StageConfig:
 
     @property
     def latents(self) -> dict[str, bool]:
-        """Modalities whose latents the stage needs; True: of every frame, False: of the first. (I_0 is encoded with
-        fresh noise in every step.)"""
+        """Modalities whose latents the stage needs; True: of every frame, False: of the first (but I_0's)."""
         first = {name: False for name in self.first_frame if name != "rgb"}
         return first | dict.fromkeys((*self.predict, *self.given), True)
 
@@ -171,9 +165,9 @@ class Condition:
 class FlowControl(nn.Module):
     """W^(s) = Softsplat(C^(s), F^(s)) at every scale of the UNet (Eq. 6, 7).
 
-    C^(s) comes from a small convolutional pyramid over I_0, S_0 and D_0. Its last convolutions start at zero, so
-    that a new stage starts as plain SVD. The importance metric of softmax splatting, which the paper leaves open, is
-    one more learned channel of the pyramid: it says which of two features that meet is in front.
+    C^(s) comes from a small convolutional pyramid over I_0, S_0 and D_0, whose last convolutions start at zero: a new
+    stage starts as plain SVD. The importance metric of softmax splatting, left open in the paper, is one more learned
+    channel: it says which of two features that meet is in front.
     """
 
     def __init__(self, channels: list[int], config: StageConfig) -> None:
@@ -208,11 +202,8 @@ class FlowControl(nn.Module):
 
 
 def resize_flow(F: Tensor, s: int, size: tuple[int, int]) -> Tensor:
-    """F^(s) = 1/s Resize(F, H/s, W/s) (Eq. 6): [B, 2, H, W] -> [B, 2, *size], in cells per frame step.
-
-    The mean over those pixels of a cell that F covers (where it is not zero): averaged with the zeros around it, a thin
-    object would lose most of its speed, and a lone vector all of it.
-    """
+    """F^(s) = 1/s Resize(F, H/s, W/s) (Eq. 6): [B, 2, H, W] -> [B, 2, *size], in cells per frame step. The mean is over
+    pixels that F covers (is not zero at): with the zeros around it, a thin object would lose most of its speed."""
     covered = nnf.adaptive_avg_pool2d((F != 0).any(dim=1, keepdim=True).float(), size)
     return nnf.adaptive_avg_pool2d(F.float(), size) / covered.clamp(min=1e-6) / s
 
@@ -220,9 +211,8 @@ def resize_flow(F: Tensor, s: int, size: tuple[int, int]) -> Tensor:
 class CameraEncoder(nn.Module):
     """e_cam (supplement, section 7), added to the image token and to the queries of every temporal self-attention.
 
-    SVD's context is one token, so the softmax of its cross-attention is 1 whatever query and key are: e_cam acts there
-    through the values. In temporal self-attention, a constant added to every key shifts all logits of a query alike and
-    cancels in the softmax; therefore e_cam goes to the queries. All of it starts at zero.
+    The context is one token, so the softmax of cross-attention is 1: e_cam acts there through the values. In temporal
+    self-attention, a constant on every key cancels in the softmax: e_cam goes to the queries. All starts at zero.
     """
 
     def __init__(self, context_dim: int, query_channels: list[int]) -> None:
@@ -277,19 +267,16 @@ class MotionDreamer(nn.Module):
         self.camera = CameraEncoder(unet_config.cross_attention_dim, self.unet.temporal_query_channels)
 
     def encode(self, name: str, maps: Maps, firsts: dict[str, Tensor | None], vae: VAE) -> Tensor:
-        """Scaled latents [B, T, C, h, w] of one modality that `config.latents` names; of frame 0 where that is enough.
-
-        maps: modalities [B, T, ...]; firsts: S_0 and D_0 [B, H, W] or None, which set colours and scale.
-        """
+        """Scaled latents [B, T, C, h, w] of a modality of maps [B, T, ...], or of its frame 0 where `config.latents`
+        wants no more; firsts: S_0 and D_0 [B, H, W] or None, which set colours and scale."""
         shown = maps[name] if self.config.latents[name] else maps[name][:, :1]
         return encode_video(vae, render(name, shown, firsts.get(name)), self.config.vae_factor)
 
     def tell(self, told: Told, latents: Maps, token: Tensor, vae: VAE, noise: Tensor) -> Condition:
-        """The one condition builder: training and sampling differ in where `told` and `latents` come from, and in
-        nothing else.
+        """The one condition builder; training and sampling differ in where `told` and `latents` come from.
 
-        latents: scaled, [B, T, C, h, w] or of frame 0 alone, by the names of `config.latents`. token [B, 1, D]. noise
-        [B, 3, H, W], normal: `told.noise_aug` of it is added to I_0 before the VAE.
+        latents: scaled [B, T, C, h, w] (frame 0 may do), by the names of `config.latents`; token [B, 1, D]; noise
+        [B, 3, H, W], normal, of which `told.noise_aug` is added to I_0 before the VAE.
         """
         config, B = self.config, len(token)
         present = {name: there.view(B, 1, 1, 1).to(token.dtype) for name, there in told.present.items()}
@@ -335,8 +322,8 @@ class MotionDreamer(nn.Module):
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """L = L_recon + lambda L_motion (Algorithm 1, line 6), both per sample, plus the error of each modality.
 
-        L_recon is Eq. 5/10. L_motion (Eq. 12) is the same error where the masked instance flow moves (Eq. 11),
-        brought to the latent grid by max-pooling. Both are means over all elements, weighted by noise level.
+        L_recon is Eq. 5/10; L_motion (Eq. 12) the same error where M' is 1 (Eq. 11), brought to the latent grid by
+        max-pooling. Both are means over all elements, weighted by noise level.
         """
         x0, config = batch.x0, self.config
         z = torch.randn(len(x0), generator=generator).to(x0.device)
@@ -359,10 +346,10 @@ class MotionDreamer(nn.Module):
     def from_svd(cls, source: Source, stage_config: StageConfig, device: str = "cpu") -> MotionDreamer:
         """A new stage from SVD's UNet (`source`: folder or hub id). What SVD does not have starts at zero.
 
-        conv_in, SVD's noisy and first-frame slices: the noisy one is copied to each of n predicted modalities and
-        divided by sqrt(n), so that their noise adds up to the size that SVD knows; the other to the first RGB frame.
-        conv_out is copied to every predicted modality, and negated where x_0 is predicted: SVD's v is about -x_0 at
-        most noise levels. Eq. 5's loss of a perfect SVD is then 0.50; with the sign as it is 3.51, with zeros 1.00.
+        conv_in: SVD's noisy slice goes to each of n predicted modalities, divided by sqrt(n), so that their noise adds
+        up to the size that SVD knows; its first-frame slice goes to the first RGB frame. conv_out: a copy for every
+        modality, negated where x_0 is predicted, for SVD's v is about -x_0 at most noise levels. Eq. 5's loss of a
+        perfect SVD is then 0.50; with the sign as it is 3.51, with zeros 1.00.
         """
         svd = UNet.from_pretrained(source, subfolder="unet", dtype=torch.float32, device=device)
         with torch.device(device):
