@@ -48,8 +48,8 @@ def mean_iou(ids: Tensor, truth: Tensor, background: bool = False) -> float:
     """Intersection over union of each id that `truth` shows, averaged; ids of any shape [...]. NaN without ids."""
     present = truth.unique()
     present = present if background else present[present > 0]
-    same = torch.stack([((ids == i) & (truth == i)).sum() / ((ids == i) | (truth == i)).sum() for i in present])
-    return same.mean().item() if len(same) else math.nan
+    same = [((ids == i) & (truth == i)).sum() / ((ids == i) | (truth == i)).sum() for i in present]
+    return torch.stack(same).mean().item() if same else math.nan
 
 
 def id_overlap(ids: Tensor, truth: Tensor) -> dict[str, Sums]:

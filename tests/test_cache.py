@@ -122,12 +122,15 @@ def test_colours_are_by_place_among_what_is_marked(folder, vae, tower):
         assert set(seen["segmentation"].unique().tolist()) == {0} | marked
 
 
-def test_two_stages_share_files(folder, vae, tower):
+def test_two_stages_share_files(monkeypatch, folder, vae, tower):
     made(folder, ONE, vae, tower)
     before = times(folder)
     made(folder, ONE, vae, tower)
     assert times(folder) == before
+    encoded, encode = [], cache.encode_clips
+    monkeypatch.setattr(cache, "encode_clips", lambda *told: encoded.append(told[-1]) or encode(*told))
     made(folder, TWO, vae, tower)
+    assert encoded == [{"rgb"}]
     shared = times(folder)
     assert before.items() <= shared.items()
     assert files(folder) == STAGE_I | {"rgb"} and len(list((folder / ".cache").iterdir())) == 1
