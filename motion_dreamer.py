@@ -414,11 +414,9 @@ def sample(
     return x
 
 
-def decode_motion(
-    config: StageConfig, vae: VAE, latents: Tensor, segmentation: Tensor | None, depth: Tensor | None
-) -> Motion:
-    """Stage I's x_0 [B, T, C p, h, w] -> flow, segmentation and depth; S_0 and D_0 [B, H, W] give colours and scale."""
-    firsts, parts = {"segmentation": segmentation, "depth": depth}, dict.fromkeys(("flow", "segmentation", "depth"))
+def decode_motion(config: StageConfig, vae: VAE, latents: Tensor, firsts: dict[str, Tensor | None]) -> Motion:
+    """Stage I's x_0 [B, T, C p, h, w] -> flow, segmentation and depth; firsts: S_0 and D_0 [B, H, W], colours, scale."""
+    parts = dict.fromkeys(("flow", "segmentation", "depth"))
     for name, latent in zip(config.predict, latents.split(config.latent_channels, dim=2), strict=True):
         parts[name] = unrender(name, decode_video(vae, latent, config.vae_factor), firsts.get(name))
         if firsts.get(name) is not None:
@@ -480,7 +478,7 @@ def dream(
     settings = {"frames": frames, "steps": steps, "guidance": guidance, "generator": generator, "progress": progress}
     if motion is None:
         cond = sampling_condition(stage1, told, None, vae, image_encoder, generator)
-        motion = decode_motion(stage1.config, vae, sample(stage1, cond, **settings), segmentation, depth)
+        motion = decode_motion(stage1.config, vae, sample(stage1, cond, **settings), shown)
     if stage2 is None:
         return motion, None
     cond = sampling_condition(stage2, told, motion, vae, image_encoder, generator)

@@ -552,7 +552,7 @@ def test_decode_motion_keeps_the_given_first_frame(models):
     vae, _ = models
     config = replace(STAGE1, **SMALL)
     ids, depth = torch.randint(0, 3, (2, 16, 24)), torch.rand(2, 16, 24) + 2
-    motion = md.decode_motion(config, vae, torch.randn(2, 4, 12, 8, 12), ids, depth)
+    motion = md.decode_motion(config, vae, torch.randn(2, 4, 12, 8, 12), {"segmentation": ids, "depth": depth})
     assert motion.flow.shape == (2, 4, 2, 16, 24)
     assert torch.equal(motion.segmentation[:, 0], ids) and torch.equal(motion.depth[:, 0], depth)
     assert set(motion.segmentation.unique().tolist()) <= set(ids.unique().tolist()) | {0}
