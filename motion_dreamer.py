@@ -20,8 +20,7 @@ Symbols, as in the paper where it has them:
     M'            motion mask (Eq. 11);  lambda weight of the motion enhancement loss (Eq. 12, Algorithm 1)
     c, e_cam      camera motion [B, 2] and its encoding [B, 1, D] (supplement, section 7)
 
-Try it: `python sample.py`. Train it: `python train.py --stage 1 ...`, see train.py. Where the paper is silent, what we
-decided and measured is in docs/choices.md.
+Try it: `python sample.py`. Train it: `python train.py --stage 1 ...`. Where the paper is silent: docs/choices.md.
 """
 
 from __future__ import annotations
@@ -257,13 +256,12 @@ class Batch:
 class MotionDreamer(nn.Module):
     """One stage: SVD's UNet with more input channels, plus instance flow and camera motion. Which stage: `config`."""
 
-    def __init__(self, stage_config: StageConfig, unet_config: UNetConfig) -> None:
+    def __init__(self, config: StageConfig, unet_config: UNetConfig) -> None:
         super().__init__()
-        self.config = stage_config
-        channels = {name: getattr(stage_config, name) for name in ("in_channels", "out_channels")}
-        self.unet = UNet(replace(unet_config, **channels))
-        if stage_config.control != "none":
-            self.flow_control = FlowControl(self.unet.residual_channels, stage_config)
+        self.config = config
+        self.unet = UNet(replace(unet_config, in_channels=config.in_channels, out_channels=config.out_channels))
+        if config.control != "none":
+            self.flow_control = FlowControl(self.unet.residual_channels, config)
         self.camera = CameraEncoder(unet_config.cross_attention_dim, self.unet.temporal_query_channels)
 
     def encode(self, name: str, maps: Maps, firsts: dict[str, Tensor | None], vae: VAE) -> Tensor:
@@ -310,11 +308,10 @@ class MotionDreamer(nn.Module):
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Condition, control: tuple | None = None) -> Tensor:
         """x_t [B, T, C p, h, w], sigma [B] -> the network's x_0, same shape (Eq. 5)."""
-        frames = x.shape[1]
-        warped, context, queries = control or self.control(cond, frames)
+        warped, context, queries = control or self.control(cond, x.shape[1])
         c_skip, c_out, c_in, c_noise, _ = precondition(sigma.float(), self.config.parameterization)
         c_skip, c_out, c_in = (c.view(-1, 1, 1, 1, 1) for c in (c_skip, c_out, c_in))
-        first, given = (latents.expand(-1, frames, -1, -1, -1) for latents in (cond.first_latents, cond.given))
+        first, given = (latents.expand(-1, x.shape[1], -1, -1, -1) for latents in (cond.first_latents, cond.given))
         stacked = torch.cat([c_in * x, first, given], dim=2)  # [B, T, in_channels, h, w]
         F_x = self.unet(stacked, c_noise, context, cond.added_ids, residuals=warped, temporal_query=queries)  # Eq. 8
         return c_skip * x + c_out * F_x.float()
@@ -338,18 +335,15 @@ class MotionDreamer(nn.Module):
         losses = {"loss": recon + config.motion_weight * motion, "recon": recon, "motion": motion}
         return losses | {name: parts[:, i] for i, name in enumerate(config.predict)}
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """`loss`; DistributedDataParallel wants it under this name."""
-        return self.loss(batch, generator)
+    forward = loss  # DistributedDataParallel wants it under this name
 
     @classmethod
     def from_svd(cls, source: Source, stage_config: StageConfig, device: str = "cpu") -> MotionDreamer:
         """A new stage from SVD's UNet (`source`: folder or hub id). What SVD does not have starts at zero.
 
-        conv_in: SVD's noisy slice goes to each of n predicted modalities, divided by sqrt(n), so that their noise adds
-        up to the size that SVD knows; its first-frame slice goes to the first RGB frame. conv_out: a copy for every
-        modality, negated where x_0 is predicted, for SVD's v is about -x_0 at most noise levels. Eq. 5's loss of a
-        perfect SVD is then 0.50; with the sign as it is 3.51, with zeros 1.00.
+        conv_in: SVD's noisy slice goes to each of n modalities, over sqrt(n), so that their noise adds up to the size
+        that SVD knows; the other to I_0. conv_out: a copy for every modality, negated where x_0 is predicted, for v is
+        about -x_0 at most noise levels: Eq. 5's loss of a perfect SVD is 0.50, not 3.51 (zeros: 1.00).
         """
         svd = UNet.from_pretrained(source, subfolder="unet", dtype=torch.float32, device=device)
         with torch.device(device):
@@ -396,8 +390,7 @@ def sample(
     config, device = stage.config, cond.known.device
     batch, channels, h, w = cond.known.shape
     sigmas = karras_sigmas(steps, sigma_max=config.sigma_max).to(device)
-    noise = torch.randn((batch, frames, channels, h, w), generator=generator).to(device)
-    x = noise * (sigmas[0] ** 2 + 1).sqrt()
+    x = torch.randn((batch, frames, channels, h, w), generator=generator).to(device) * (sigmas[0] ** 2 + 1).sqrt()
     scale = torch.linspace(*guidance, frames, device=device).view(1, -1, 1, 1, 1)
     control, free = stage.control(cond, frames), cond.without_image()
     free_control = stage.control(free, frames) if guidance != (1.0, 1.0) else None
@@ -415,7 +408,7 @@ def sample(
 
 
 def decode_motion(config: StageConfig, vae: VAE, latents: Tensor, firsts: dict[str, Tensor | None]) -> Motion:
-    """Stage I's x_0 [B, T, C p, h, w] -> flow, segmentation and depth; firsts: S_0 and D_0 [B, H, W], colours, scale."""
+    """Stage I's x_0 [B, T, C p, h, w] -> flow, ids and depth; firsts: S_0 and D_0 [B, H, W], for colours and scale."""
     parts = dict.fromkeys(("flow", "segmentation", "depth"))
     for name, latent in zip(config.predict, latents.split(config.latent_channels, dim=2), strict=True):
         parts[name] = unrender(name, decode_video(vae, latent, config.vae_factor), firsts.get(name))
@@ -429,8 +422,7 @@ def sampling_condition(
     stage: MotionDreamer, told: Told, motion: Motion | None, vae: VAE, image_encoder: ImageEncoder,
     generator: torch.Generator | None
 ) -> Condition:  # fmt: skip
-    """What a user tells -> Condition. As in training, only a stage that is given the motion is told a motion bucket,
-    and a stage with sparse control sees F at a few pixels."""
+    """What a user tells -> Condition. As in training, only Stage II hears a bucket; sparse control is a few points."""
     firsts = {"segmentation": told.segmentation, "depth": told.depth}
     maps = {"rgb": told.image[:, None]} | {name: value[:, None] for name, value in firsts.items()}
     maps |= {name: getattr(motion, name) for name in stage.config.given}

@@ -230,7 +230,7 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, cli
         result = loss(self, batch, generator)
         return result | {"loss": result["loss"] * (float("nan") if len(calls) >= 2 else 1)}
 
-    monkeypatch.setattr(MotionDreamer, "loss", broken)
+    monkeypatch.setattr(MotionDreamer, "forward", broken)
     run(monkeypatch, clips, out, steps=3)
     assert [line["skipped"] for line in logged(out)] == [0, 1, 2]
     state = torch.load(out / "training" / "stage1" / "step_00000003.pt")
