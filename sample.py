@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from clips import Motion, render
@@ -262,7 +261,7 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task, device
     config = next(iter(stages.values())).config
     frames, fps = arguments.frames or config.frames, arguments.fps or config.fps
     if arguments.stage == "2":
-        motion = Motion.load(path)
+        motion = Motion.load(path).to(device)
         frames = check_motion(path, motion, stages["stage2"], canvas.inner, arguments.frames)
     told, video = task.inputs.told(frames, canvas, device), None
     settings = {
@@ -276,18 +275,13 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task, device
     codecs = models.vae, models.tower
     if "stage1" in stages:
         motion, _ = dream(stages["stage1"], None, *codecs, **settings, progress=bar("stage 1: motion"))
-        motion = resized(motion, canvas.crop)
+        motion = motion.map(canvas.crop)
     if "stage2" in stages:
-        settings |= {"motion": resized(motion, canvas.pad), "progress": bar("stage 2: video")}
+        settings |= {"motion": motion.map(canvas.pad), "progress": bar("stage 2: video")}
         settings["generator"] = torch.Generator().manual_seed(task.seed + 1)  # the same whether it runs alone or not
         _, video = dream(None, stages["stage2"], *codecs, **settings)
     videos = pictures_of(motion, task.inputs)
     return videos if video is None else videos | {"video": to_uint8(canvas.crop(video)[0])}, motion, fps
-
-
-def resized(motion: Motion, change: Callable[[Tensor], Tensor]) -> Motion:
-    parts = (motion.flow, motion.segmentation, motion.depth)
-    return Motion(*(None if value is None else change(value) for value in parts))
 
 
 def peak_memory(device: str) -> int:

@@ -209,6 +209,17 @@ def test_the_stages_run_separately_and_the_middle_can_be_edited(given, monkeypat
     assert np.abs(video_of(parts) - video_of(both)).mean() > 0.5
 
 
+def test_a_motion_file_goes_where_the_image_is(given, monkeypatch):
+    save_motion(given)
+    there = Motion.load(given.folder / "out" / "motion.safetensors").to("meta")
+    assert {value.device.type for value in vars(there).values()} == {"meta"}
+    assert Motion(there.flow, None, None).to("meta").depth is None
+    asked, to = [], Motion.to
+    monkeypatch.setattr(Motion, "to", lambda self, device: asked.append(device) or to(self, device))
+    given.run(monkeypatch, "--stage", "2", steps=1)
+    assert asked == ["cpu"]
+
+
 def test_the_seed_decides(given, monkeypatch):
     first, again, other = (
         given.run(monkeypatch, "--seed", seed, out=f"out{i}") for i, seed in enumerate(("1", "1", "2"))
