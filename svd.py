@@ -703,7 +703,7 @@ class VAE(nn.Module):
 
         Frames of different chunks do not see each other: smaller chunks need less memory and flicker more.
         """
-        z = latents.to(self.quant_conv.weight.dtype).movedim(2, -1)
+        z = latents.to(self.decoder.conv_in.weight.dtype).movedim(2, -1)
         images = [self.decoder(part) for part in z.split(chunk or z.shape[1], dim=1)]
         return torch.cat(images, dim=1).movedim(-1, 2).contiguous()
 
@@ -725,8 +725,12 @@ def encode_video(vae: VAE, pictures: Tensor, factor: int, chunk: int = 64) -> Te
 
 
 def decode_video(vae: VAE, latents: Tensor, factor: int, chunk: int | None = None) -> Tensor:
-    """The inverse of `encode_video`: -> pictures [B, T, 3, H, W]."""
-    return vae.decode(nnf.pixel_shuffle(latents, factor // vae.factor) / vae.scaling_factor, chunk)
+    """The inverse of `encode_video`: -> pictures [B, T, 3, H, W], in float32 whatever the decoder computes in. A value
+    that is not finite is a FloatingPointError."""
+    pictures = vae.decode(nnf.pixel_shuffle(latents, factor // vae.factor) / vae.scaling_factor, chunk).float()
+    if not torch.isfinite(pictures).all():
+        raise FloatingPointError("the VAE's decoder makes a value that is not finite; half precision? then try fp32")
+    return pictures
 
 
 def gaussian(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -859,7 +863,7 @@ def image_to_video(
     """Plain SVD: image [B, 3, H, W] in [-1, 1] (multiples of the VAE's factor) -> video [B, T, 3, H, W] in [-1, 1].
 
     Guidance rises linearly from the first to the last frame. `latents`: unit noise [B, T, C, h, w] to start from. The
-    VAE should be loaded in float32: its activations overflow in half precision.
+    VAE's encoder should be in float32: it overflows in half precision. Its decoder need not.
     """
     if image.shape[-2] % vae.factor or image.shape[-1] % vae.factor:
         raise ValueError(f"image is {image.shape[-1]}x{image.shape[-2]}, expected multiples of {vae.factor}")
@@ -884,4 +888,4 @@ def image_to_video(
         if not torch.isfinite(x0).all():
             raise FloatingPointError(f"plain SVD: step {i + 1} of {steps} is not finite")
         x = x + (x - x0) / sigma * (sigmas[i + 1] - sigma)
-    return vae.decode(x / vae.scaling_factor, decode_chunk).float().clamp(-1, 1)
+    return decode_video(vae, x, vae.factor, decode_chunk).clamp(-1, 1)

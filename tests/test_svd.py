@@ -797,3 +797,15 @@ def test_video_latents_are_scaled_and_stacked_cell_by_cell(stack):
                 torch.testing.assert_close(found, 0.7 * single[:, :, c, dy::stack, dx::stack], rtol=1e-4, atol=1e-5)
     decoded = decode_video(vae, latents, vae.factor * stack)
     torch.testing.assert_close(decoded, vae.decode(single), rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_in_half_precision_gives_float32_and_never_nan():
+    vae, latents = tiny_vae(), torch.randn(1, 2, 4, 3, 5)
+    full = decode_video(vae, latents, vae.factor)
+    vae.decoder.half()
+    half = decode_video(vae, latents, vae.factor)
+    assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.02 * full.abs().max()
+    assert vae.encode(torch.zeros(1, 3, 4, 4)).dtype == torch.float32
+    vae.decoder.conv_in.weight.mul_(1e30)  # beyond 65,504
+    with pytest.raises(FloatingPointError, match="decoder .* then try fp32"):
+        decode_video(vae, latents, vae.factor)
