@@ -711,23 +711,43 @@ class VAE(nn.Module):
     save_pretrained = save_pretrained
 
 
+def frames_that_fit(vae: VAE, part: nn.Module, frames: int, pixels: int, device: torch.device) -> int:
+    """How many of `frames` frames of so many pixels the encoder or decoder should take at once: on CUDA equal parts
+    that free memory has room for, or one frame; elsewhere all.
+
+    At full size a layer has as many channels as the second level. Decoding takes 2.9 such layers a frame (a count from
+    14 frames of 576x1024 on an H200, at commit 05d9df5); 4 leaves room.
+    """
+    if device.type != "cuda":
+        return frames
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for later
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    layer = vae.config.block_out_channels[:2][-1] * pixels * part.conv_in.weight.element_size()  # bytes of one frame
+    return math.ceil(frames / math.ceil(frames / max(1, free // (4 * layer))))
+
+
 def encode_video(vae: VAE, pictures: Tensor, factor: int, chunk: int = 64) -> Tensor:
     """[B, T, 3, H, W] -> latents of unit size [B, T, C, H / factor, W / factor] (scaled here and in `decode_video`,
-    nowhere else), `chunk` pictures at a time.
+    nowhere else), `chunk` pictures at a time, or fewer if memory is short.
 
     factor: a multiple of the VAE's. Where it is more, neighbouring latents become channels of one cell: a UNet on
     half the height and width does a quarter of the arithmetic, which small models from nothing need.
     """
     flat = rearrange(pictures, "b t c h w -> (b t) c h w")
-    latents = torch.cat([vae.encode(part) for part in flat.split(chunk)])
+    fit = frames_that_fit(vae, vae.encoder, len(flat), flat[0, 0].numel(), flat.device)
+    latents = torch.cat([vae.encode(part) for part in flat.split(min(chunk, fit))])
     latents = nnf.pixel_unshuffle(latents, factor // vae.factor) * vae.scaling_factor
     return rearrange(latents, "(b t) c h w -> b t c h w", b=len(pictures))
 
 
 def decode_video(vae: VAE, latents: Tensor, factor: int, chunk: int | None = None) -> Tensor:
-    """The inverse of `encode_video`: -> pictures [B, T, 3, H, W], in float32 whatever the decoder computes in. A value
-    that is not finite is a FloatingPointError."""
-    pictures = vae.decode(nnf.pixel_shuffle(latents, factor // vae.factor) / vae.scaling_factor, chunk).float()
+    """The inverse of `encode_video`: -> pictures [B, T, 3, H, W], in float32 whatever the decoder computes in. `chunk`
+    as in `VAE.decode`; None: what fits into memory. A value that is not finite is a FloatingPointError."""
+    z = nnf.pixel_shuffle(latents, factor // vae.factor) / vae.scaling_factor
+    if chunk is None:
+        pixels = len(z) * z[0, 0, 0].numel() * vae.factor**2  # of a frame of every clip
+        chunk = frames_that_fit(vae, vae.decoder, z.shape[1], pixels, z.device)
+    pictures = vae.decode(z, chunk).float()
     if not torch.isfinite(pictures).all():
         raise FloatingPointError("the VAE's decoder makes a value that is not finite; half precision? then try fp32")
     return pictures
@@ -863,7 +883,8 @@ def image_to_video(
     """Plain SVD: image [B, 3, H, W] in [-1, 1] (multiples of the VAE's factor) -> video [B, T, 3, H, W] in [-1, 1].
 
     Guidance rises linearly from the first to the last frame. `latents`: unit noise [B, T, C, h, w] to start from. The
-    VAE's encoder should be in float32: it overflows in half precision. Its decoder need not.
+    VAE's encoder should be in float32: it overflows in half precision. Its decoder need not. decode_chunk: frames that
+    are decoded at once; None: what fits into memory.
     """
     if image.shape[-2] % vae.factor or image.shape[-1] % vae.factor:
         raise ValueError(f"image is {image.shape[-1]}x{image.shape[-2]}, expected multiples of {vae.factor}")
