@@ -37,7 +37,7 @@ from clips import Motion, render
 from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_stay
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
-from svd import VAE, ImageEncoder, UNet, image_to_video
+from svd import VAE, ImageEncoder, TakeTurns, UNet, image_to_video
 from training.processes import peak_memory
 
 DEMO = Path(__file__).parent / "demo"
@@ -87,6 +87,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--device", choices=("cuda", "mps", "cpu"), help="default: cuda where there is one, else cpu")
     usual = "of the weights (default: on cuda fp16 for --svd, else bf16; on other devices fp32)"
     option("--precision", choices=tuple(DTYPES), help=usual)
+    turns = "networks take turns on the device: less of its memory, more time (default %(default)s)"
+    option("--offload", action="store_true", help=turns)
     arguments = parser.parse_args()
     check_arguments(arguments)
     return arguments
@@ -140,17 +142,20 @@ class Task:
 
 
 def load_models(arguments: argparse.Namespace) -> Models:
-    """In --precision; of the VAE only the decoder. The encoder overflows in half precision: diffusers' pipeline, too,
-    encodes in float32 and decodes in float16. (bfloat16 would round away half a level of gray.)"""
-    source, kept = arguments.svd or arguments.model, {"dtype": DTYPES[arguments.precision], "device": arguments.device}
+    """In --precision, but for the VAE: its encoder stays in float32, for it overflows in half precision; its decoder
+    takes float16, as in diffusers' pipeline (bfloat16 would round pictures by half a level of gray)."""
+    source, home = arguments.svd or arguments.model, "cpu" if arguments.offload else arguments.device
+    kept = {"dtype": DTYPES[arguments.precision], "device": home}
     names = {"1": ["stage1"], "2": ["stage2"], "both": ["stage1", "stage2"]}[arguments.stage]
     names = [] if arguments.svd else names
     stages = {name: MotionDreamer.from_pretrained(source, name, **kept).eval() for name in names}
-    vae = VAE.from_pretrained(source, "vae", torch.float32, arguments.device).eval()
+    vae = VAE.from_pretrained(source, "vae", torch.float32, home).eval()
     if arguments.precision != "fp32":
         vae.decoder.half()
     tower = ImageEncoder.from_pretrained(source, "image_encoder", **kept).eval()
     unet = UNet.from_pretrained(source, "unet", **kept).eval() if arguments.svd else None
+    if arguments.offload:
+        TakeTurns([vae, tower, *stages.values(), *([unet] if unet else [])], arguments.device)
     return Models(vae, tower, unet, stages)
 
 
@@ -341,6 +346,9 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     try:
         run(parse_arguments())
+    except torch.OutOfMemoryError as error:
+        print(f"sample.py: {error}: try --offload, fewer --frames or a smaller --size", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

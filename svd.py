@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import from_pretrained, save_pretrained
+from weights import Device, from_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- configurations
 
@@ -851,6 +852,29 @@ class ImageEncoder(nn.Module):
 
     from_pretrained = classmethod(from_pretrained)
     save_pretrained = save_pretrained
+
+
+# -------------------------------------------------------------------------------------- less memory than all parts need
+
+
+class TakeTurns:
+    """From now on one of these networks lies on the device, the one that computes; the others wait on the CPU.
+
+    A network comes in when it or a part of it is called (a VAE and a stage are called by their parts).
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], device: Device) -> None:
+        self.device, self.inside = device, None
+        for network in networks:
+            for door in (network, *network.children()):
+                door.register_forward_pre_hook(partial(self.enter, network))
+
+    def enter(self, network: nn.Module, *_: object) -> None:
+        if network is self.inside:
+            return
+        if self.inside is not None:
+            self.inside.to("cpu")
+        self.inside = network.to(self.device)
 
 
 # ------------------------------------------------------------------------------------------------- plain image-to-video

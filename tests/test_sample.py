@@ -260,6 +260,52 @@ def test_the_device_and_its_usual_precision(monkeypatch):
     assert settled("--precision", "fp32", "--svd", "x") == ("cuda", "fp32")
 
 
+@pytest.mark.parametrize("svd", [False, True])
+def test_offloaded_networks_take_turns_and_change_nothing(given, monkeypatch, svd):
+    """On a made-up device: what is not there has no weights to compute with."""
+    extra = ["--svd", str(given.model), "--frames", "3"] if svd else []
+    expected = given.run(monkeypatch, *extra, out="expected")
+    away, there, seen = {}, [], []
+
+    def move(network, where):
+        for value in network.parameters():
+            if where == "cpu":
+                away[value], value.data = value.data, value.data.new_empty(0)
+            else:
+                value.data = away.pop(value)
+        there.remove(network) if where == "cpu" else there.append(network)
+        assert len(there) <= 1
+        seen.append(type(network).__name__)
+        return network
+
+    def take_turns(networks, device, make=sample.TakeTurns):
+        assert device == "cpu"
+        monkeypatch.setattr(torch.nn.Module, "to", move)
+        for network in networks:
+            there[:] = [network]
+            network.to("cpu")
+        seen.clear()
+        make(networks, "device")
+
+    monkeypatch.setattr(sample, "TakeTurns", take_turns)
+    out = given.run(monkeypatch, *extra, "--offload")
+    assert set(seen) == {"VAE", "ImageEncoder", "UNet" if svd else "MotionDreamer"} and len(seen) == (7 if svd else 17)
+    for name in ["grid.gif", "video.mp4"] + ["motion.safetensors"] * (not svd):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+    assert json.loads((out / "run.json").read_text())["offload"]
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_try(given, monkeypatch, capsys):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(sample, "run_task", fill)
+    with pytest.raises(SystemExit) as stop:
+        given.run(monkeypatch)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "out of memory" in line and "try --offload" in line
+
+
 def test_the_seed_decides(given, monkeypatch):
     first, again, other = (
         given.run(monkeypatch, "--seed", seed, out=f"out{i}") for i, seed in enumerate(("1", "1", "2"))
