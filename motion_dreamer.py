@@ -188,7 +188,7 @@ class FlowControl(nn.Module):
     def forward(self, first_pictures: Tensor, F: Tensor, frames: int) -> list[Tensor]:
         """[B, 9, H, W], [B, 2, H, W] -> one W^(s) [B, T, C_s, h_s, w_s] per scale."""
         time = torch.arange(frames, device=F.device) if self.splat_time == "linear" else F.new_ones(frames)
-        x, warped = self.stem(first_pictures), []
+        x, warped = self.stem(first_pictures.to(self.stem[0].weight.dtype)), []
         for level, (features, metric) in enumerate(zip(self.features, self.metrics, strict=True)):
             if level > 0:
                 x = self.down[level - 1](x)
@@ -224,7 +224,7 @@ class CameraEncoder(nn.Module):
 
     def forward(self, camera: Tensor) -> tuple[Tensor, list[Tensor]]:
         """c [B, 2] -> e_cam [B, 1, D], and one query offset [B, C_i] per temporal attention."""
-        e_cam = self.mlp(camera)
+        e_cam = self.mlp(camera.to(self.mlp[0].weight.dtype))
         return e_cam[:, None], [query(e_cam) for query in self.queries]
 
 

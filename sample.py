@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -32,17 +31,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from clips import Motion, render
 from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_stay
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
-from svd import VAE, ImageEncoder, UNet, image_to_video
+from svd import VAE, ImageEncoder, TakeTurns, UNet, image_to_video
+from training.processes import peak_memory
 
 DEMO = Path(__file__).parent / "demo"
 SVD_PIXELS = 1024 * 576  # what SVD was trained on
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,6 +84,11 @@ def parse_arguments() -> argparse.Namespace:
     option("--motion-bucket", type=float, default=MOTION_BUCKET, metavar="0..255", help=moves)
     first_last = "scale in the first and the last frame (default 1 1: none; with --svd 1 3)"
     option("--guidance", type=float, nargs=2, metavar=("FIRST", "LAST"), help=first_last)
+    option("--device", choices=("cuda", "mps", "cpu"), help="default: cuda where there is one, else cpu")
+    usual = "of the weights (default: on cuda fp16 for --svd, else bf16; on other devices fp32)"
+    option("--precision", choices=tuple(DTYPES), help=usual)
+    turns = "networks take turns on the device: less of its memory, more time (default %(default)s)"
+    option("--offload", action="store_true", help=turns)
     arguments = parser.parse_args()
     check_arguments(arguments)
     return arguments
@@ -101,6 +106,16 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--fps {arguments.fps}: expected a number above 0, 1000 at most")
     if arguments.size is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", arguments.size):
         raise ValueError(f"--size {arguments.size}: expected WIDTHxHEIGHT, such as 512x320")
+
+
+def choose_device(arguments: argparse.Namespace) -> None:
+    """--device and --precision where the user leaves them open: SVD as it is published, a stage as it is trained."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    arguments.device = arguments.device or ("cuda" if found["cuda"] else "cpu")
+    if not found[arguments.device]:
+        raise ValueError(f"--device {arguments.device}: torch finds none")
+    if arguments.precision is None:
+        arguments.precision = {"cuda": "fp16" if arguments.svd else "bf16"}.get(arguments.device, "fp32")
 
 
 # -------------------------------------------------------------------------------------------------------- what there is
@@ -126,14 +141,21 @@ class Task:
     seed: int
 
 
-def load_models(arguments: argparse.Namespace, device: str) -> Models:
-    source, kept = arguments.svd or arguments.model, {"dtype": torch.float32, "device": device}
+def load_models(arguments: argparse.Namespace) -> Models:
+    """In --precision, but for the VAE: its encoder stays in float32, for it overflows in half precision; its decoder
+    takes float16, as in diffusers' pipeline (bfloat16 would round pictures by half a level of gray)."""
+    source, home = arguments.svd or arguments.model, "cpu" if arguments.offload else arguments.device
+    kept = {"dtype": DTYPES[arguments.precision], "device": home}
     names = {"1": ["stage1"], "2": ["stage2"], "both": ["stage1", "stage2"]}[arguments.stage]
     names = [] if arguments.svd else names
     stages = {name: MotionDreamer.from_pretrained(source, name, **kept).eval() for name in names}
-    vae = VAE.from_pretrained(source, "vae", **kept).eval()
+    vae = VAE.from_pretrained(source, "vae", torch.float32, home).eval()
+    if arguments.precision != "fp32":
+        vae.decoder.half()
     tower = ImageEncoder.from_pretrained(source, "image_encoder", **kept).eval()
     unet = UNet.from_pretrained(source, "unet", **kept).eval() if arguments.svd else None
+    if arguments.offload:
+        TakeTurns([vae, tower, *stages.values(), *([unet] if unet else [])], arguments.device)
     return Models(vae, tower, unet, stages)
 
 
@@ -237,14 +259,14 @@ def bar(name: str) -> Callable:
     return lambda steps: tqdm(steps, name, unit="step")
 
 
-def run_svd(arguments: argparse.Namespace, models: Models, task: Task, device: str) -> tuple[dict, None, float]:
+def run_svd(arguments: argparse.Namespace, models: Models, task: Task) -> tuple[dict, None, float]:
     """Plain SVD: what its weights do without us."""
     fps = arguments.fps or 7.0
     video = image_to_video(
         models.unet,
         models.vae,
         models.tower,
-        task.inputs.told(2, task.canvas, device)["image"],
+        task.inputs.told(2, task.canvas, arguments.device)["image"],
         frames=arguments.frames or 14,
         steps=arguments.steps,
         fps=fps,
@@ -255,16 +277,16 @@ def run_svd(arguments: argparse.Namespace, models: Models, task: Task, device: s
     return {"video": to_uint8(task.canvas.crop(video)[0])}, None, fps
 
 
-def run_stages(arguments: argparse.Namespace, models: Models, task: Task, device: str) -> tuple[dict, Motion, float]:
+def run_stages(arguments: argparse.Namespace, models: Models, task: Task) -> tuple[dict, Motion, float]:
     """Motion Dreamer: Stage I, Stage II or both. The margin is cut off the motion between them, too: what is in the
     file is what Stage II sees, whether it runs at once or later."""
     stages, canvas, path, motion = models.stages, task.canvas, task.out / "motion.safetensors", None
     config = next(iter(stages.values())).config
     frames, fps = arguments.frames or config.frames, arguments.fps or config.fps
     if arguments.stage == "2":
-        motion = Motion.load(path)
+        motion = Motion.load(path).to(arguments.device)
         frames = check_motion(path, motion, stages["stage2"], canvas.inner, arguments.frames)
-    told, video = task.inputs.told(frames, canvas, device), None
+    told, video = task.inputs.told(frames, canvas, arguments.device), None
     settings = {
         "frames": frames,
         "steps": arguments.steps,
@@ -276,30 +298,18 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task, device
     codecs = models.vae, models.tower
     if "stage1" in stages:
         motion, _ = dream(stages["stage1"], None, *codecs, **settings, progress=bar("stage 1: motion"))
-        motion = resized(motion, canvas.crop)
+        motion = motion.map(canvas.crop)
     if "stage2" in stages:
-        settings |= {"motion": resized(motion, canvas.pad), "progress": bar("stage 2: video")}
+        settings |= {"motion": motion.map(canvas.pad), "progress": bar("stage 2: video")}
         settings["generator"] = torch.Generator().manual_seed(task.seed + 1)  # the same whether it runs alone or not
         _, video = dream(None, stages["stage2"], *codecs, **settings)
     videos = pictures_of(motion, task.inputs)
     return videos if video is None else videos | {"video": to_uint8(canvas.crop(video)[0])}, motion, fps
 
 
-def resized(motion: Motion, change: Callable[[Tensor], Tensor]) -> Motion:
-    parts = (motion.flow, motion.segmentation, motion.depth)
-    return Motion(*(None if value is None else change(value) for value in parts))
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU, or of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def run_task(arguments: argparse.Namespace, models: Models, task: Task, device: str) -> None:
+def run_task(arguments: argparse.Namespace, models: Models, task: Task) -> None:
     started = time.perf_counter()
-    videos, motion, fps = (run_svd if arguments.svd else run_stages)(arguments, models, task, device)
+    videos, motion, fps = (run_svd if arguments.svd else run_stages)(arguments, models, task)
     write_all(task.out, task.inputs, videos, motion, fps)
     record = vars(arguments) | {
         "arrows": task.inputs.given.name if arguments.arrows else None,
@@ -311,10 +321,9 @@ def run_task(arguments: argparse.Namespace, models: Models, task: Task, device: 
         "arrows_used": task.inputs.given.to_dict(),
         "frames": len(next(iter(videos.values()))),
         "fps": fps,
-        "device": device,
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 2),
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": peak_memory(arguments.device == "cuda"),
     }
     written_whole(task.out / "run.json", lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n"))
     files = f"look at {task.out / 'grid.gif'} and {task.out / 'input.png'}, all files: {task.out}/"
@@ -322,21 +331,24 @@ def run_task(arguments: argparse.Namespace, models: Models, task: Task, device: 
 
 
 def run(arguments: argparse.Namespace) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    choose_device(arguments)
     if arguments.image is None:
         arguments.image, arguments.arrows = str(DEMO / "example.png"), [str(DEMO / "arrows.json")]
-    given = {folder: read_inputs(arguments, file, device) for folder, file in folders(arguments).items()}
-    models = load_models(arguments, device)
+    given = {folder: read_inputs(arguments, file, arguments.device) for folder, file in folders(arguments).items()}
+    models = load_models(arguments)
     tasks = plan(arguments, models, given)
     for task in tasks:
         check_output(task.out, *task.canvas.inner[::-1])
     for task in tasks:
-        run_task(arguments, models, task, device)
+        run_task(arguments, models, task)
 
 
 def main() -> None:
     try:
         run(parse_arguments())
+    except torch.OutOfMemoryError as error:
+        print(f"sample.py: {error}: try --offload, fewer --frames or a smaller --size", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import from_pretrained, save_pretrained
+from weights import Device, from_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- configurations
 
@@ -703,7 +704,7 @@ class VAE(nn.Module):
 
         Frames of different chunks do not see each other: smaller chunks need less memory and flicker more.
         """
-        z = latents.to(self.quant_conv.weight.dtype).movedim(2, -1)
+        z = latents.to(self.decoder.conv_in.weight.dtype).movedim(2, -1)
         images = [self.decoder(part) for part in z.split(chunk or z.shape[1], dim=1)]
         return torch.cat(images, dim=1).movedim(-1, 2).contiguous()
 
@@ -711,22 +712,46 @@ class VAE(nn.Module):
     save_pretrained = save_pretrained
 
 
+def frames_that_fit(vae: VAE, part: nn.Module, frames: int, pixels: int, device: torch.device) -> int:
+    """How many of `frames` frames of so many pixels the encoder or decoder should take at once: on CUDA equal parts
+    that free memory has room for, or one frame; elsewhere all.
+
+    At full size a layer has as many channels as the second level. Decoding takes 2.9 such layers a frame (a count from
+    14 frames of 576x1024 on an H200, at commit 05d9df5); 4 leaves room.
+    """
+    if device.type != "cuda":
+        return frames
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for later
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    layer = vae.config.block_out_channels[:2][-1] * pixels * part.conv_in.weight.element_size()  # bytes of one frame
+    return math.ceil(frames / math.ceil(frames / max(1, free // (4 * layer))))
+
+
 def encode_video(vae: VAE, pictures: Tensor, factor: int, chunk: int = 64) -> Tensor:
     """[B, T, 3, H, W] -> latents of unit size [B, T, C, H / factor, W / factor] (scaled here and in `decode_video`,
-    nowhere else), `chunk` pictures at a time.
+    nowhere else), `chunk` pictures at a time, or fewer if memory is short.
 
     factor: a multiple of the VAE's. Where it is more, neighbouring latents become channels of one cell: a UNet on
     half the height and width does a quarter of the arithmetic, which small models from nothing need.
     """
     flat = rearrange(pictures, "b t c h w -> (b t) c h w")
-    latents = torch.cat([vae.encode(part) for part in flat.split(chunk)])
+    fit = frames_that_fit(vae, vae.encoder, len(flat), flat[0, 0].numel(), flat.device)
+    latents = torch.cat([vae.encode(part) for part in flat.split(min(chunk, fit))])
     latents = nnf.pixel_unshuffle(latents, factor // vae.factor) * vae.scaling_factor
     return rearrange(latents, "(b t) c h w -> b t c h w", b=len(pictures))
 
 
 def decode_video(vae: VAE, latents: Tensor, factor: int, chunk: int | None = None) -> Tensor:
-    """The inverse of `encode_video`: -> pictures [B, T, 3, H, W]."""
-    return vae.decode(nnf.pixel_shuffle(latents, factor // vae.factor) / vae.scaling_factor, chunk)
+    """The inverse of `encode_video`: -> pictures [B, T, 3, H, W], in float32 whatever the decoder computes in. `chunk`
+    as in `VAE.decode`; None: what fits into memory. A value that is not finite is a FloatingPointError."""
+    z = nnf.pixel_shuffle(latents, factor // vae.factor) / vae.scaling_factor
+    if chunk is None:
+        pixels = len(z) * z[0, 0, 0].numel() * vae.factor**2  # of a frame of every clip
+        chunk = frames_that_fit(vae, vae.decoder, z.shape[1], pixels, z.device)
+    pictures = vae.decode(z, chunk).float()
+    if not torch.isfinite(pictures).all():
+        raise FloatingPointError("the VAE's decoder makes a value that is not finite; half precision? then try fp32")
+    return pictures
 
 
 def gaussian(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -829,6 +854,29 @@ class ImageEncoder(nn.Module):
     save_pretrained = save_pretrained
 
 
+# -------------------------------------------------------------------------------------- less memory than all parts need
+
+
+class TakeTurns:
+    """From now on one of these networks lies on the device, the one that computes; the others wait on the CPU.
+
+    A network comes in when it or a part of it is called (a VAE and a stage are called by their parts).
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], device: Device) -> None:
+        self.device, self.inside = device, None
+        for network in networks:
+            for door in (network, *network.children()):
+                door.register_forward_pre_hook(partial(self.enter, network))
+
+    def enter(self, network: nn.Module, *_: object) -> None:
+        if network is self.inside:
+            return
+        if self.inside is not None:
+            self.inside.to("cpu")
+        self.inside = network.to(self.device)
+
+
 # ------------------------------------------------------------------------------------------------- plain image-to-video
 
 
@@ -859,7 +907,8 @@ def image_to_video(
     """Plain SVD: image [B, 3, H, W] in [-1, 1] (multiples of the VAE's factor) -> video [B, T, 3, H, W] in [-1, 1].
 
     Guidance rises linearly from the first to the last frame. `latents`: unit noise [B, T, C, h, w] to start from. The
-    VAE should be loaded in float32: its activations overflow in half precision.
+    VAE's encoder should be in float32: it overflows in half precision. Its decoder need not. decode_chunk: frames that
+    are decoded at once; None: what fits into memory.
     """
     if image.shape[-2] % vae.factor or image.shape[-1] % vae.factor:
         raise ValueError(f"image is {image.shape[-1]}x{image.shape[-2]}, expected multiples of {vae.factor}")
@@ -884,4 +933,4 @@ def image_to_video(
         if not torch.isfinite(x0).all():
             raise FloatingPointError(f"plain SVD: step {i + 1} of {steps} is not finite")
         x = x + (x - x0) / sigma * (sigmas[i + 1] - sigma)
-    return vae.decode(x / vae.scaling_factor, decode_chunk).float().clamp(-1, 1)
+    return decode_video(vae, x, vae.factor, decode_chunk).clamp(-1, 1)

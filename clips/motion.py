@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,13 @@ class Motion:
     flow: Tensor | None
     segmentation: Tensor | None
     depth: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Motion:
+        """`change` of all that is there."""
+        return Motion(**{name: None if value is None else change(value) for name, value in vars(self).items()})
+
+    def to(self, device: str | torch.device) -> Motion:
+        return self.map(lambda value: value.to(device))
 
     def save(self, path: str | os.PathLike) -> None:
         """`motion.safetensors`: the file between the stages, for looking at and editing; a tensor for each field, by

@@ -88,6 +88,7 @@ def test_writes_every_file_and_each_can_be_opened(given, monkeypatch):
     record = json.loads((out / "run.json").read_text())
     assert record["seed"] == 3 and record["steps"] == 2 and record["frames"] == FRAMES and record["fps"] == 5
     assert record["arrows_used"]["arrows"] == given.arrows["arrows"]
+    assert record["device"] == "cpu" and record["precision"] == "fp32"
     assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e7 and record["torch"] == torch.__version__
 
 
@@ -207,6 +208,102 @@ def test_the_stages_run_separately_and_the_middle_can_be_edited(given, monkeypat
     save_file(tensors, parts / "motion.safetensors")
     given.run(monkeypatch, "--stage", "2", out="parts")
     assert np.abs(video_of(parts) - video_of(both)).mean() > 0.5
+
+
+def test_a_motion_file_goes_where_the_image_is(given, monkeypatch):
+    save_motion(given)
+    there = Motion.load(given.folder / "out" / "motion.safetensors").to("meta")
+    assert {value.device.type for value in vars(there).values()} == {"meta"}
+    assert Motion(there.flow, None, None).to("meta").depth is None
+    asked, to = [], Motion.to
+    monkeypatch.setattr(Motion, "to", lambda self, device: asked.append(device) or to(self, device))
+    given.run(monkeypatch, "--stage", "2", steps=1)
+    assert asked == ["cpu"]
+
+
+@pytest.mark.parametrize("svd", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_near_to_single(given, monkeypatch, precision, svd):
+    """The denoisers hold their weights in it; the VAE encodes in fp32 and decodes in fp16, as SVD's is published."""
+    extra, loaded, load = ["--svd", str(given.model), "--frames", "3"] if svd else [], [], sample.load_models
+    full = given.run(monkeypatch, *extra, "--precision", "fp32", out="full")
+    monkeypatch.setattr(sample, "load_models", lambda arguments: loaded.append(load(arguments)) or loaded[-1])
+    half = given.run(monkeypatch, *extra, "--precision", precision)
+    (models,) = loaded
+    denoisers = [models.unet] if svd else [*models.stages.values()]
+    for network in (*denoisers, models.tower):
+        assert {value.dtype for value in network.parameters()} == {sample.DTYPES[precision]}
+    kinds = [{value.dtype for value in part.parameters()} for part in (models.vae.encoder, models.vae.decoder)]
+    assert kinds == [{torch.float32}, {torch.float16}]
+    assert json.loads((half / "run.json").read_text())["precision"] == precision
+    if not svd:
+        motions = [Motion.load(out / "motion.safetensors") for out in (full, half)]
+        assert (motions[0].flow - motions[1].flow).abs().max() < 0.05 * motions[0].flow.abs().max()
+        assert all(value.dtype in (torch.float32, torch.int64) for value in vars(motions[1]).values())
+    assert 0 < np.abs(video_of(half) - video_of(full)).mean() < 2
+
+
+def test_the_device_and_its_usual_precision(monkeypatch):
+    def settled(*words):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+        arguments = sample.parse_arguments()
+        sample.choose_device(arguments)
+        return arguments.device, arguments.precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert settled() == settled("--svd", "x") == ("cpu", "fp32")
+    with pytest.raises(ValueError, match="--device cuda: torch finds none"):
+        settled("--device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (settled(), settled("--svd", "x")) == (("cuda", "bf16"), ("cuda", "fp16"))
+    assert settled("--device", "cpu", "--svd", "x") == ("cpu", "fp32")
+    assert settled("--precision", "fp32", "--svd", "x") == ("cuda", "fp32")
+
+
+@pytest.mark.parametrize("svd", [False, True])
+def test_offloaded_networks_take_turns_and_change_nothing(given, monkeypatch, svd):
+    """On a made-up device: what is not there has no weights to compute with."""
+    extra = ["--svd", str(given.model), "--frames", "3"] if svd else []
+    expected = given.run(monkeypatch, *extra, out="expected")
+    away, there, seen = {}, [], []
+
+    def move(network, where):
+        for value in network.parameters():
+            if where == "cpu":
+                away[value], value.data = value.data, value.data.new_empty(0)
+            else:
+                value.data = away.pop(value)
+        there.remove(network) if where == "cpu" else there.append(network)
+        assert len(there) <= 1
+        seen.append(type(network).__name__)
+        return network
+
+    def take_turns(networks, device, make=sample.TakeTurns):
+        assert device == "cpu"
+        monkeypatch.setattr(torch.nn.Module, "to", move)
+        for network in networks:
+            there[:] = [network]
+            network.to("cpu")
+        seen.clear()
+        make(networks, "device")
+
+    monkeypatch.setattr(sample, "TakeTurns", take_turns)
+    out = given.run(monkeypatch, *extra, "--offload")
+    assert set(seen) == {"VAE", "ImageEncoder", "UNet" if svd else "MotionDreamer"} and len(seen) == (7 if svd else 17)
+    for name in ["grid.gif", "video.mp4"] + ["motion.safetensors"] * (not svd):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+    assert json.loads((out / "run.json").read_text())["offload"]
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_try(given, monkeypatch, capsys):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(sample, "run_task", fill)
+    with pytest.raises(SystemExit) as stop:
+        given.run(monkeypatch)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "out of memory" in line and "try --offload" in line
 
 
 def test_the_seed_decides(given, monkeypatch):

@@ -17,6 +17,7 @@ from svd import (
     VAEConfig,
     decode_video,
     encode_video,
+    frames_that_fit,
     image_to_video,
     karras_sigmas,
 )
@@ -797,3 +798,48 @@ def test_video_latents_are_scaled_and_stacked_cell_by_cell(stack):
                 torch.testing.assert_close(found, 0.7 * single[:, :, c, dy::stack, dx::stack], rtol=1e-4, atol=1e-5)
     decoded = decode_video(vae, latents, vae.factor * stack)
     torch.testing.assert_close(decoded, vae.decode(single), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_decodes_as_many_frames_as_fit_in_equal_parts(monkeypatch):
+    vae, gpu, memory = tiny_vae(), torch.device("cuda"), {"free": 0, "reserved": 0, "allocated": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory["free"], 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: memory["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory["allocated"])
+    frame = 4 * 16 * 100 * 4  # 16 channels, 100 pixels, float32
+
+    def fit(frames, free, reserved=0, allocated=0):
+        memory.update(free=free, reserved=reserved, allocated=allocated)
+        return frames_that_fit(vae, vae.decoder, frames, 100, gpu)
+
+    assert fit(14, 14 * frame) == 14 and fit(14, 99 * frame) == 14
+    assert fit(14, 14 * frame - 1) == 7  # not 13 and 1
+    assert fit(5, 2 * frame) == 2 and fit(5, 4 * frame) == 3  # 2, 2, 1 and 3, 2
+    assert fit(5, frame) == fit(5, 0) == 1
+    assert fit(5, 2 * frame, reserved=8 * frame, allocated=5 * frame) == 5
+    vae.decoder.half()
+    assert fit(14, 7 * frame) == 14
+    assert frames_that_fit(vae, vae.decoder, 14, 1 << 40, torch.device("cpu")) == 14
+
+
+def test_video_goes_through_the_vae_in_parts_that_fit(monkeypatch):
+    vae, pictures, asked = tiny_vae(), torch.rand(2, 5, 3, 8, 12) * 2 - 1, []
+    monkeypatch.setattr("svd.frames_that_fit", lambda *told: asked.append(told[1:]) or 2)
+    latents = encode_video(vae, pictures, 2 * vae.factor)
+    decoded = decode_video(vae, latents, 2 * vae.factor)
+    assert asked == [(vae.encoder, 10, 96, latents.device), (vae.decoder, 5, 2 * 96, latents.device)]
+    monkeypatch.undo()
+    torch.testing.assert_close(latents, encode_video(vae, pictures, 2 * vae.factor), rtol=1e-4, atol=1e-5)
+    assert torch.equal(decoded, decode_video(vae, latents, 2 * vae.factor, chunk=2))  # the last frame by itself
+    assert (decoded - decode_video(vae, latents, 2 * vae.factor)).abs().max() > 1e-4
+
+
+def test_a_decoder_in_half_precision_gives_float32_and_never_nan():
+    vae, latents = tiny_vae(), torch.randn(1, 2, 4, 3, 5)
+    full = decode_video(vae, latents, vae.factor)
+    vae.decoder.half()
+    half = decode_video(vae, latents, vae.factor)
+    assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.02 * full.abs().max()
+    assert vae.encode(torch.zeros(1, 3, 4, 4)).dtype == torch.float32
+    vae.decoder.conv_in.weight.mul_(1e30)  # beyond 65,504
+    with pytest.raises(FloatingPointError, match="decoder .* then try fp32"):
+        decode_video(vae, latents, vae.factor)
