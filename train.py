@@ -41,6 +41,11 @@ from training.processes import Machine, StopSignal, leave_process_group, peak_me
 from training.samples import reproduce, sample_figures, write_samples
 from training.vae import VAETraining, measure_scale
 
+# What training takes that the command line does not say: (of a small model, of SVD's weights, that is with --init).
+# Weights that were learned once move slowly. The warm-up is five memories of AdamW's second moment (beta 0.99: 100
+# steps): what is new and starts at zero finds its size before SVD's weights move at full rate.
+RECIPE = {"lr": (5e-4, 1e-5), "warmup": (100, 500), "ema": (0.999, 0.9999)}
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -65,12 +70,13 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--steps", type=int, default=10000, help="of the optimiser")
     how.add_argument("--batch", type=int, default=8, help="clips a step and process, before accumulation")
     how.add_argument("--accumulate", type=int, default=1, help="batches whose gradients are averaged in a step")
-    how.add_argument("--lr", type=float, default=5e-4, help="learning rate")
-    how.add_argument("--warmup", type=int, default=100, help="steps in which it rises from 0")
+    both = {name: f"None: {small:g}, with --init {svd:g}" for name, (small, svd) in RECIPE.items()}
+    how.add_argument("--lr", type=float, help=f"learning rate; {both['lr']}")
+    how.add_argument("--warmup", type=int, help=f"steps in which it rises from 0; {both['warmup']}")
     how.add_argument("--cooldown", type=float, default=0.2, help="last fraction of the steps in which it falls to 0")
     how.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
     how.add_argument("--clip-grad", type=float, default=1.0, help="largest norm of the gradient")
-    how.add_argument("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
+    how.add_argument("--ema", type=float, help=f"decay of the moving average of the weights; {both['ema']}")
     how.add_argument("--drop", type=float, default=0.1, help="probability of leaving out the image, S_0, D_0, each")
     how.add_argument("--unmark", type=float, default=0.25, help="probability of showing only some objects marked")
     how.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
@@ -85,7 +91,15 @@ def parse_arguments() -> argparse.Namespace:
     log.add_argument("--val-samples", type=int, default=4, help="validation clips that are sampled and measured")
     log.add_argument("--sample-every", type=int, default=2000, help="steps; pictures of one clip; 0 = never")
     log.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args()
+    return with_recipe(parser.parse_args())
+
+
+def with_recipe(arguments: argparse.Namespace) -> argparse.Namespace:
+    """What the command line leaves open of `RECIPE`."""
+    for name, (small, svd) in RECIPE.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, svd if arguments.init else small)
+    return arguments
 
 
 # ----------------------------------------------------------------------------------------------------------- setting up

@@ -322,6 +322,25 @@ def test_validation_is_of_the_moving_average_with_the_same_draws_every_time(monk
     assert abs(np.mean(losses) - first) > 1e-3
 
 
+def parsed(monkeypatch, *extra):
+    monkeypatch.setattr(sys, "argv", ["train.py", *command("data", "out", *extra)])
+    return train.parse_arguments()
+
+
+def test_the_recipe_is_that_of_svds_weights_with_init_and_says_so(monkeypatch, capsys):
+    def recipe(*extra):
+        return [getattr(parsed(monkeypatch, *extra), name) for name in ("lr", "warmup", "ema")]
+
+    assert recipe() == recipe("--start", "demo") == [5e-4, 100, 0.999]
+    assert recipe("--init", "svd") == [1e-5, 500, 0.9999]
+    assert recipe("--init", "svd", "--lr", 0, "--warmup", 0) == [0, 0, 0.9999]  # what is said counts, 0 too
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for both in ("0.0005, with --init 1e-05", "100, with --init 500", "0.999, with --init 0.9999"):
+        assert both in said
+
+
 def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
     svd = UNet(UNET_CONFIG)  # 8 channels in, 4 out, as SVD's
     svd.save_pretrained(tmp_path / "svd" / "unet")
