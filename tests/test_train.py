@@ -643,6 +643,19 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_processes_than_gpus_are_one_line(monkeypatch, clips, out, capsys, rank):
+    """In every process, the one that has a GPU too: it would wait for the other."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, out)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: 2 processes, but 1 GPU(s): each needs one of its own\n"
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_one_line(monkeypatch, clips, out, tmp_path, capsys, mistake):
     spoil, extra, words = MISTAKES[mistake]

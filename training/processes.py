@@ -27,11 +27,14 @@ class Machine:
 
 def start_process(seed: int, precision: str | None) -> Machine:
     """Joins the processes that torchrun started; one without it is rank 0 of 1. precision "fp32" or "bf16"; None: bf16
-    on a GPU. `seed` is that of the initial weights."""
+    on a GPU. `seed` is that of the initial weights. Raises ValueError: more processes than GPUs."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    place, gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    device = f"cuda:{place}" if gpu else "cpu"
     if gpu:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
+        if here > torch.cuda.device_count():
+            raise ValueError(f"{here} processes, but {torch.cuda.device_count()} GPU(s): each needs one of its own")
         torch.cuda.set_device(device)
     if world_size > 1:
         patience = timedelta(hours=2)  # the others wait while process 0 measures and saves
