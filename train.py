@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--workers", type=int, default=0, help="processes that read clips")
     log = parser.add_argument_group("log and checkpoints")
     log.add_argument("--save-every", type=int, default=500, help="steps")
-    log.add_argument("--keep", type=int, default=1, help="newest checkpoints that stay")
+    log.add_argument("--keep", type=int, default=2, help="newest checkpoints that stay: 16 bytes a parameter each")
     log.add_argument("--val-every", type=int, default=500, help="steps")
     log.add_argument("--val-samples", type=int, default=4, help="validation clips that are sampled and measured")
     log.add_argument("--sample-every", type=int, default=2000, help="steps; pictures of one clip; 0 = never")
@@ -291,11 +291,11 @@ def make_learner(arguments: argparse.Namespace, task: Task) -> Learner:
 
 
 def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, folder: Path) -> dict:
-    """Goes on from the newest checkpoint, if there is one -> the settings that make a run what it is; all others may
-    change on the way."""
+    """Goes on from the newest whole checkpoint, if there is one -> the settings that make a run what it is; all others
+    may change on the way."""
     names = ("stage", "ablation", "set", "init", "start", "preset", "frames", "batch", "accumulate", "seed")
     settings = {name: getattr(arguments, name) for name in names} | {"processes": machine.world_size}
-    state = load_checkpoint(folder, machine.device, settings)
+    state, damaged = load_checkpoint(folder, settings)
     if state:
         learner.core.load_state_dict(state["model"])
         learner.ema.load_state_dict(state["ema"])
@@ -311,6 +311,8 @@ def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, fo
             getattr(learner.core, part).requires_grad_(False)
     if machine.rank == 0:
         trim_log(folder / "log.jsonl", learner.step)
+        for line in damaged:
+            print(f"train.py: {line}; going on from the one before", file=sys.stderr)
         print(f"{folder}: " + (f"going on at step {learner.step}" if state else "starting"))
     return settings
 

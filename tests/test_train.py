@@ -139,8 +139,69 @@ def test_checkpoints_are_whole_and_only_the_newest_stay(monkeypatch, clips, out,
     monkeypatch.undo()
     assert (folder / "step_00000004.pt").read_bytes() == saved
     (folder / "step_00000004.pt").write_bytes(saved[: len(saved) // 2])
+    assert checkpoint.load_checkpoint(folder, {})[0]["step"] == 3
+    (folder / "step_00000003.pt").unlink()
     with pytest.raises(ValueError, match=r"step_00000004.pt: cannot be read .*; delete it"):
-        checkpoint.load_checkpoint(folder, "cpu", {})
+        checkpoint.load_checkpoint(folder, {})
+
+
+def flip(raw, place):
+    return raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+
+
+DAMAGES = {
+    "nothing left": lambda raw: b"",
+    "a byte left": lambda raw: raw[:1],
+    "half": lambda raw: raw[: len(raw) // 2],
+    "the last byte": lambda raw: raw[:-1],
+    "a changed number": lambda raw: flip(raw, len(raw) // 2),
+    "not ours": lambda raw: b"PK" + raw[::-1],
+}
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(monkeypatch, clips, out, tmp_path, capsys):
+    """It says so in one line, and ends with the bytes of a run that was never stopped."""
+    run(monkeypatch, clips, out, "--save-every", 3, "--keep", 3, steps=7)
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        killed = shutil.copytree(out, tmp_path / str(number))
+        folder = killed / "training" / "stage1"
+        (folder / "step_00000007.pt").unlink()
+        newest = folder / "step_00000006.pt"
+        newest.write_bytes(damage(newest.read_bytes()))
+        capsys.readouterr()
+        run(monkeypatch, clips, killed, "--save-every", 5, "--keep", 1, steps=7)
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and said[0].startswith(f"train.py: {newest}: cannot be read ("), name
+        assert said[0].endswith("; going on from the one before")
+        assert [path.name for path in folder.glob("*.pt*")] == ["step_00000007.pt"]
+        assert losses(killed) == losses(out)
+        states = [torch.load(run / "training" / "stage1" / "step_00000007.pt") for run in (killed, out)]
+        for part in ("model", "ema"):
+            assert all(torch.equal(value, states[1][part][key]) for key, value in states[0][part].items()), name
+        for key, moments in states[0]["optimizer"]["state"].items():
+            assert all(torch.equal(value, states[1]["optimizer"]["state"][key][n]) for n, value in moments.items())
+
+
+def test_a_damaged_checkpoint_is_gone_with_the_next_one(tmp_path):
+    for step in (1, 2, 9):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step}, 2)
+    (tmp_path / "step_00000009.pt").write_bytes(b"")
+    checkpoint.save_checkpoint(tmp_path, 3, {"step": 3}, 2)  # the 9 does not count among the two
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
+    assert checkpoint.load_checkpoint(tmp_path, {}) == ({"step": 3}, [])
+
+
+def test_a_checkpoint_that_may_not_be_read_ends_the_run(tmp_path, monkeypatch):
+    """It is not damaged: an older one would lose steps, and with the next save the newest."""
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step}, 2)
+
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionError, match="step_00000002.pt"):
+        checkpoint.load_checkpoint(tmp_path, {})
 
 
 def test_the_model_folder_holds_the_moving_average(monkeypatch, clips, out):
