@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -189,6 +190,36 @@ def test_a_damaged_checkpoint_is_gone_with_the_next_one(tmp_path):
     checkpoint.save_checkpoint(tmp_path, 3, {"step": 3}, 2)  # the 9 does not count among the two
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
     assert checkpoint.load_checkpoint(tmp_path, {}) == ({"step": 3}, [])
+
+
+def mapped(name):
+    """Addresses at which this process sees a file."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [[int(end, 16) for end in line.split()[0].split("-")] for line in lines if name in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_run_that_goes_on_holds_no_second_copy(monkeypatch, clips, out):
+    """What is read stays in its file, on no device, and what the networks have copied is gone before the first step."""
+    run(monkeypatch, clips, out, steps=2)
+    load, step, read, copies = checkpoint.load_checkpoint, train.take_step, [], []
+
+    def watch(*arguments):
+        state, damaged = load(*arguments)
+        for part in ("model", "ema"):
+            for value in state[part].values():
+                assert value.device.type == "cpu" and any(a <= value.data_ptr() < b for a, b in mapped("step_00000002"))
+                read.append(weakref.ref(value))
+        return state, damaged
+
+    def look(*arguments):
+        copies.append([value for value in read if value() is not None])
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "load_checkpoint", watch)
+    monkeypatch.setattr(train, "take_step", look)
+    run(monkeypatch, clips, out, steps=3)
+    assert len(read) > 100 and copies == [[]]
 
 
 def test_a_checkpoint_that_may_not_be_read_ends_the_run(tmp_path, monkeypatch):
