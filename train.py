@@ -37,7 +37,14 @@ from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
 from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
 from training.presets import PRESETS
-from training.processes import Machine, StopSignal, leave_process_group, peak_memory, start_process
+from training.processes import (
+    Machine,
+    StopSignal,
+    leave_process_group,
+    mean_over_processes,
+    peak_memory,
+    start_process,
+)
 from training.samples import reproduce, sample_figures, write_samples
 from training.vae import VAETraining, measure_scale
 
@@ -348,8 +355,9 @@ def batches_from(
 def take_step(
     arguments: argparse.Namespace, machine: Machine, task: Task, learner: Learner, batches: Iterator[dict[str, Tensor]]
 ) -> dict[str, float]:
-    """Algorithm 1, one iteration -> its losses, the gradient's norm and the learning rate."""
-    sums: dict[str, float] = {}
+    """Algorithm 1, one iteration -> its losses (means over all clips of all processes), the gradient's norm and the
+    learning rate."""
+    sums: dict[str, Tensor] = {}
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(arguments, learner.step)
 
@@ -362,7 +370,8 @@ def take_step(
             losses = task.losses(learner.model, next(batches), generator)
         (losses["loss"].mean() / arguments.accumulate).backward()
         for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + value.detach().mean().item() / arguments.accumulate
+            sums[key] = sums.get(key, 0.0) + value.detach().mean() / arguments.accumulate
+    record = mean_over_processes(machine, sums)
 
     # Line 7: the update, unless the gradient is not finite. Its norm is that of all processes: they skip together.
     norm = nn.utils.clip_grad_norm_(learner.core.parameters(), arguments.clip_grad).item()
@@ -376,7 +385,7 @@ def take_step(
             raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
     learner.optimizer.zero_grad(set_to_none=True)
     learner.step += 1
-    return sums | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
+    return record | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass
@@ -67,6 +68,14 @@ class StopSignal:
         if self.machine.world_size > 1:
             dist.all_reduce(told)
         return told.item() > 0
+
+
+def mean_over_processes(machine: Machine, values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars of this process, by the same names in all -> their means over all processes, in one exchange."""
+    means = torch.stack([value.float() for value in values.values()]) / machine.world_size
+    if machine.world_size > 1:
+        dist.all_reduce(means)
+    return dict(zip(values, means.tolist(), strict=True))
 
 
 def leave_process_group(worker: int) -> None:
