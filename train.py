@@ -32,7 +32,7 @@ from tqdm import tqdm
 import metrics
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import ABLATIONS, ONE_STAGE, MotionDreamer, SmallStageConfig, StageConfig, stage_class
-from svd import VAE, ImageEncoder
+from svd import VAE, ImageEncoder, without_effect
 from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
 from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
@@ -290,6 +290,9 @@ class Learner:
 
 
 def make_learner(arguments: argparse.Namespace, task: Task) -> Learner:
+    """AdamW is given all parameters, so that checkpoints fit; of those without a gradient it keeps nothing."""
+    for value in without_effect(task.core):
+        value.requires_grad_(False)
     ema = copy.deepcopy(task.core).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         task.core.parameters(), arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay, fused=True
@@ -330,8 +333,7 @@ def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> N
         learner.model = torch.compile(learner.model, dynamic=False)  # every batch has the same sizes
     if machine.world_size > 1:
         devices = [machine.device] if machine.on_gpu else None
-        # Of one-token cross-attention, queries and keys get no gradient: they are unused.
-        learner.model = DistributedDataParallel(learner.model, device_ids=devices, find_unused_parameters=True)
+        learner.model = DistributedDataParallel(learner.model, device_ids=devices)
 
 
 def batches_from(

@@ -18,15 +18,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
+from tiny import TINY, UNET_CONFIG, VAE_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
 
 import train
 from clips import ClipDataset, ResumableSampler, render
-from motion_dreamer import STAGE1, MotionDreamer, SmallMotionDreamer, SmallStageConfig, StageConfig
-from svd import VAE, ImageEncoder, UNet
+from motion_dreamer import (
+    ONE_STAGE,
+    STAGE1,
+    STAGE2,
+    MotionDreamer,
+    SmallMotionDreamer,
+    SmallStageConfig,
+    StageConfig,
+)
+from svd import VAE, ImageEncoder, UNet, without_effect
 from training import checkpoint, samples
 from training.batch import Chances, training_batch
-from training.cache import CachedClips
+from training.cache import CachedClips, TrainingClips, encode_clips
 from training.vae import vae_loss
 
 ROOT = Path(__file__).parent.parent
@@ -312,6 +320,49 @@ def test_only_the_decoder_changes_with_decoder_only(monkeypatch, clips, out):
     assert after.scaling_factor == before.scaling_factor
     changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
     assert changed and all(key.startswith("decoder.") for key in changed)
+
+
+CONFIGS = {
+    "stage1": STAGE1, "stage2": STAGE2, "one": ONE_STAGE, "without control": replace(STAGE1, control="none"),
+    "sparse": replace(STAGE2, control="sparse_flow"), "extras": SmallStageConfig(told=True, show_flow=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_that_is_trained_gets_a_gradient(clips, name):
+    """DistributedDataParallel waits for all of them."""
+    config = replace(CONFIGS[name], vae_factor=2, frames=4, width=24, height=16)
+    stage, vae, tower = tiny_stage(config).train(), tiny_vae(), tiny_tower()
+    idle = {id(value) for value in without_effect(stage)}
+    batch = torch.utils.data.default_collate([TrainingClips(ClipDataset(clips))[(i, 0)] for i in range(2)])
+    batch |= encode_clips(batch, stage, vae, tower)
+    generator = torch.Generator().manual_seed(0)
+    stage.loss(training_batch(stage, batch, vae, generator, Chances()), generator)["loss"].mean().backward()
+    assert {name for name, value in stage.named_parameters() if (value.grad is None) != (id(value) in idle)} == set()
+
+
+@pytest.mark.parametrize("decoder_only", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_every_weight_of_a_vae_that_is_trained_gets_a_gradient(clips, decoder_only, layers):
+    vae = randomize(VAE(replace(VAE_CONFIG, layers_per_block=layers)), scale=0.05)
+    for value in without_effect(vae):
+        value.requires_grad_(False)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not decoder_only)
+    batch = torch.utils.data.default_collate([moving_squares(seed).tensors() for seed in (0, 1)])
+    vae_loss(vae, batch, torch.Generator().manual_seed(0))["loss"].mean().backward()
+    assert all((value.grad is not None) == value.requires_grad for value in vae.parameters())
+
+
+@pytest.mark.parametrize("stage", ["1", "vae"])
+def test_weights_without_effect_are_not_trained_and_have_no_state(monkeypatch, clips, out, stage):
+    make, learners = train.make_learner, []
+    monkeypatch.setattr(train, "make_learner", lambda *told: learners.append(make(*told)) or learners[-1])
+    run(monkeypatch, clips, out, stage=stage, steps=1)
+    core, state = learners[0].core, learners[0].optimizer.state
+    frozen = {id(value) for value in core.parameters() if not value.requires_grad}
+    assert frozen == {id(value) for value in without_effect(core)} != set()
+    assert {id(value) for value in state} == {id(value) for value in core.parameters()} - frozen
 
 
 def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, clips, out, capsys):
