@@ -36,6 +36,7 @@ from svd import VAE, ImageEncoder, without_effect
 from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
 from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
+from training.plan import parts_without_weights, table
 from training.presets import PRESETS
 from training.processes import (
     Machine,
@@ -72,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument("--val", metavar="DIR", help="clips for validation losses and figures in log.jsonl")
     where.add_argument("--out", required=True, metavar="DIR", help="model folder")
     where.add_argument("--frames", type=int, help="None: all frames of the first clip")
+    where.add_argument("--dry-run", action="store_true", help="print what a step takes of memory: no GPU, no weights")
     where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
     how = parser.add_argument_group("optimisation")
     how.add_argument("--steps", type=int, default=10000, help="of the optimiser")
@@ -209,7 +211,7 @@ def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDat
 
 
 def stage_config(
-    arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE, started: StageConfig | None
+    arguments: argparse.Namespace, dataset: ClipDataset | StageConfig, vae: VAE, started: StageConfig | None
 ) -> StageConfig:
     """The StageConfig of the command line, with sizes from data and VAE; with --start, `started` is what --set changes.
 
@@ -449,6 +451,19 @@ def save(arguments: argparse.Namespace, task: Task, learner: Learner, settings: 
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
+def dry_run(arguments: argparse.Namespace) -> None:
+    """Prints what a step of this command takes of memory. Where --data has no clips, --set has their sizes."""
+    if arguments.stage == "vae":
+        raise ValueError("--dry-run: of --stage 1, 2 and one, not of the VAE")
+    clips, vae, image_encoder, started, unet = parts_without_weights(arguments)
+    config = stage_config(arguments, clips, vae, started)
+    with torch.device("meta"):
+        core = stage_class(config)(config, unet)
+    for value in without_effect(core):
+        value.requires_grad_(False)
+    print(table(core, (vae, image_encoder), arguments))
+
+
 def train(arguments: argparse.Namespace) -> None:
     # Set up: this process, the clips, what is trained, and where a former run of the same command ended.
     machine, out = start_process(arguments.seed, arguments.precision), Path(arguments.out)
@@ -503,7 +518,7 @@ def train(arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = parse_arguments()
     try:
-        train(arguments)
+        (dry_run if arguments.dry_run else train)(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
