@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -445,7 +446,7 @@ def softsplat(
     n, dtype = len(flow) // B, torch.promote_types(x.dtype, torch.float32)
     if backend == "auto":
         backend = choose_backend(x.device.type, dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         if metric is not None:
             metric = metric.to(dtype).repeat_interleave(n, 0)  # [N,1,H,W]
         index, weight = corners(flow.to(dtype), metric, mode)  # [N,4,P] each

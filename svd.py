@@ -727,6 +727,19 @@ def frames_that_fit(vae: VAE, part: nn.Module, frames: int, pixels: int, device:
     return math.ceil(frames / math.ceil(frames / max(1, free // (4 * layer))))
 
 
+def without_effect(network: nn.Module) -> list[nn.Parameter]:
+    """Parameters of UNet or VAE that are there because SVD's files have them. They need no gradient.
+
+    Of cross-attention to one token, query and key: the softmax is 1, whatever they are (`norm2` serves that query
+    alone). In the middle of the decoder, attention if there is one block, and blocks after the second.
+    """
+    blocks = [module for module in network.modules() if isinstance(module, TransformerBlock)]
+    idle = [part for block in blocks for part in (block.norm2, block.attn2.to_q, block.attn2.to_k)]
+    for middle in (module.mid_block for module in network.modules() if isinstance(module, TemporalDecoder)):
+        idle += middle.attentions if len(middle.resnets) == 1 else middle.resnets[2:]
+    return [value for part in idle for value in part.parameters()]
+
+
 def encode_video(vae: VAE, pictures: Tensor, factor: int, chunk: int = 64) -> Tensor:
     """[B, T, 3, H, W] -> latents of unit size [B, T, C, H / factor, W / factor] (scaled here and in `decode_video`,
     nowhere else), `chunk` pictures at a time, or fewer if memory is short.

@@ -32,14 +32,27 @@ from tqdm import tqdm
 import metrics
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import ABLATIONS, ONE_STAGE, MotionDreamer, SmallStageConfig, StageConfig, stage_class
-from svd import VAE, ImageEncoder
+from svd import VAE, ImageEncoder, without_effect
 from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
 from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
+from training.plan import parts_without_weights, table
 from training.presets import PRESETS
-from training.processes import Machine, StopSignal, leave_process_group, peak_memory, start_process
+from training.processes import (
+    Machine,
+    StopSignal,
+    leave_process_group,
+    mean_over_processes,
+    peak_memory,
+    start_process,
+)
 from training.samples import reproduce, sample_figures, write_samples
 from training.vae import VAETraining, measure_scale
+
+# What training takes that the command line does not say: (of a small model, of SVD's weights, that is with --init).
+# Weights that were learned once move slowly. The warm-up is five memories of AdamW's second moment (beta 0.99: 100
+# steps): what is new and starts at zero finds its size before SVD's weights move at full rate.
+RECIPE = {"lr": (5e-4, 1e-5), "warmup": (100, 500), "ema": (0.999, 0.9999)}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,17 +73,19 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument("--val", metavar="DIR", help="clips for validation losses and figures in log.jsonl")
     where.add_argument("--out", required=True, metavar="DIR", help="model folder")
     where.add_argument("--frames", type=int, help="None: all frames of the first clip")
+    where.add_argument("--dry-run", action="store_true", help="print what a step takes of memory: no GPU, no weights")
     where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
     how = parser.add_argument_group("optimisation")
     how.add_argument("--steps", type=int, default=10000, help="of the optimiser")
     how.add_argument("--batch", type=int, default=8, help="clips a step and process, before accumulation")
     how.add_argument("--accumulate", type=int, default=1, help="batches whose gradients are averaged in a step")
-    how.add_argument("--lr", type=float, default=5e-4, help="learning rate")
-    how.add_argument("--warmup", type=int, default=100, help="steps in which it rises from 0")
+    both = {name: f"None: {small:g}, with --init {svd:g}" for name, (small, svd) in RECIPE.items()}
+    how.add_argument("--lr", type=float, help=f"learning rate; {both['lr']}")
+    how.add_argument("--warmup", type=int, help=f"steps in which it rises from 0; {both['warmup']}")
     how.add_argument("--cooldown", type=float, default=0.2, help="last fraction of the steps in which it falls to 0")
     how.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
     how.add_argument("--clip-grad", type=float, default=1.0, help="largest norm of the gradient")
-    how.add_argument("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
+    how.add_argument("--ema", type=float, help=f"decay of the moving average of the weights; {both['ema']}")
     how.add_argument("--drop", type=float, default=0.1, help="probability of leaving out the image, S_0, D_0, each")
     how.add_argument("--unmark", type=float, default=0.25, help="probability of showing only some objects marked")
     how.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
@@ -80,12 +95,20 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--workers", type=int, default=0, help="processes that read clips")
     log = parser.add_argument_group("log and checkpoints")
     log.add_argument("--save-every", type=int, default=500, help="steps")
-    log.add_argument("--keep", type=int, default=1, help="newest checkpoints that stay")
+    log.add_argument("--keep", type=int, default=2, help="newest checkpoints that stay: 16 bytes a parameter each")
     log.add_argument("--val-every", type=int, default=500, help="steps")
     log.add_argument("--val-samples", type=int, default=4, help="validation clips that are sampled and measured")
     log.add_argument("--sample-every", type=int, default=2000, help="steps; pictures of one clip; 0 = never")
     log.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args()
+    return with_recipe(parser.parse_args())
+
+
+def with_recipe(arguments: argparse.Namespace) -> argparse.Namespace:
+    """What the command line leaves open of `RECIPE`."""
+    for name, (small, svd) in RECIPE.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, svd if arguments.init else small)
+    return arguments
 
 
 # ----------------------------------------------------------------------------------------------------------- setting up
@@ -188,7 +211,7 @@ def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDat
 
 
 def stage_config(
-    arguments: argparse.Namespace, dataset: ClipDataset, vae: VAE, started: StageConfig | None
+    arguments: argparse.Namespace, dataset: ClipDataset | StageConfig, vae: VAE, started: StageConfig | None
 ) -> StageConfig:
     """The StageConfig of the command line, with sizes from data and VAE; with --start, `started` is what --set changes.
 
@@ -269,6 +292,9 @@ class Learner:
 
 
 def make_learner(arguments: argparse.Namespace, task: Task) -> Learner:
+    """AdamW is given all parameters, so that checkpoints fit; of those without a gradient it keeps nothing."""
+    for value in without_effect(task.core):
+        value.requires_grad_(False)
     ema = copy.deepcopy(task.core).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         task.core.parameters(), arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay, fused=True
@@ -277,11 +303,11 @@ def make_learner(arguments: argparse.Namespace, task: Task) -> Learner:
 
 
 def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, folder: Path) -> dict:
-    """Goes on from the newest checkpoint, if there is one -> the settings that make a run what it is; all others may
-    change on the way."""
+    """Goes on from the newest whole checkpoint, if there is one -> the settings that make a run what it is; all others
+    may change on the way."""
     names = ("stage", "ablation", "set", "init", "start", "preset", "frames", "batch", "accumulate", "seed")
     settings = {name: getattr(arguments, name) for name in names} | {"processes": machine.world_size}
-    state = load_checkpoint(folder, machine.device, settings)
+    state, damaged = load_checkpoint(folder, settings)
     if state:
         learner.core.load_state_dict(state["model"])
         learner.ema.load_state_dict(state["ema"])
@@ -297,6 +323,8 @@ def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, fo
             getattr(learner.core, part).requires_grad_(False)
     if machine.rank == 0:
         trim_log(folder / "log.jsonl", learner.step)
+        for line in damaged:
+            print(f"train.py: {line}; going on from the one before", file=sys.stderr)
         print(f"{folder}: " + (f"going on at step {learner.step}" if state else "starting"))
     return settings
 
@@ -307,8 +335,7 @@ def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> N
         learner.model = torch.compile(learner.model, dynamic=False)  # every batch has the same sizes
     if machine.world_size > 1:
         devices = [machine.device] if machine.on_gpu else None
-        # Of one-token cross-attention, queries and keys get no gradient: they are unused.
-        learner.model = DistributedDataParallel(learner.model, device_ids=devices, find_unused_parameters=True)
+        learner.model = DistributedDataParallel(learner.model, device_ids=devices)
 
 
 def batches_from(
@@ -332,8 +359,9 @@ def batches_from(
 def take_step(
     arguments: argparse.Namespace, machine: Machine, task: Task, learner: Learner, batches: Iterator[dict[str, Tensor]]
 ) -> dict[str, float]:
-    """Algorithm 1, one iteration -> its losses, the gradient's norm and the learning rate."""
-    sums: dict[str, float] = {}
+    """Algorithm 1, one iteration -> its losses (means over all clips of all processes), the gradient's norm and the
+    learning rate."""
+    sums: dict[str, Tensor] = {}
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(arguments, learner.step)
 
@@ -346,7 +374,8 @@ def take_step(
             losses = task.losses(learner.model, next(batches), generator)
         (losses["loss"].mean() / arguments.accumulate).backward()
         for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + value.detach().mean().item() / arguments.accumulate
+            sums[key] = sums.get(key, 0.0) + value.detach().mean() / arguments.accumulate
+    record = mean_over_processes(machine, sums)
 
     # Line 7: the update, unless the gradient is not finite. Its norm is that of all processes: they skip together.
     norm = nn.utils.clip_grad_norm_(learner.core.parameters(), arguments.clip_grad).item()
@@ -360,7 +389,7 @@ def take_step(
             raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
     learner.optimizer.zero_grad(set_to_none=True)
     learner.step += 1
-    return sums | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
+    return record | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
 
 
 @torch.no_grad()
@@ -422,6 +451,19 @@ def save(arguments: argparse.Namespace, task: Task, learner: Learner, settings: 
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
+def dry_run(arguments: argparse.Namespace) -> None:
+    """Prints what a step of this command takes of memory. Where --data has no clips, --set has their sizes."""
+    if arguments.stage == "vae":
+        raise ValueError("--dry-run: of --stage 1, 2 and one, not of the VAE")
+    clips, vae, image_encoder, started, unet = parts_without_weights(arguments)
+    config = stage_config(arguments, clips, vae, started)
+    with torch.device("meta"):
+        core = stage_class(config)(config, unet)
+    for value in without_effect(core):
+        value.requires_grad_(False)
+    print(table(core, (vae, image_encoder), arguments))
+
+
 def train(arguments: argparse.Namespace) -> None:
     # Set up: this process, the clips, what is trained, and where a former run of the same command ended.
     machine, out = start_process(arguments.seed, arguments.precision), Path(arguments.out)
@@ -476,7 +518,7 @@ def train(arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = parse_arguments()
     try:
-        train(arguments)
+        (dry_run if arguments.dry_run else train)(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)

@@ -20,6 +20,7 @@ from svd import (
     frames_that_fit,
     image_to_video,
     karras_sigmas,
+    without_effect,
 )
 from tests.make_fixtures import FOLDER, MODELS, fill, inputs, outputs, reference
 from tests.tiny import tiny_vae
@@ -254,6 +255,19 @@ def test_full_size_unet_has_the_published_tensors():
     with torch.device("meta"):
         theirs = diffusers.UNetSpatioTemporalConditionModel()
     assert ours == {name: value.shape for name, value in theirs.state_dict().items()}
+
+
+def test_weights_without_effect_are_those_of_the_query_to_one_token():
+    """3 % of the full UNet. What they are changes nothing; tests/test_train.py: all others get a gradient."""
+    with torch.device("meta"):
+        assert sum(value.numel() for value in without_effect(UNet(UNetConfig()))) == 50_389_760
+        assert without_effect(VAE(VAEConfig())) == []
+    model, given = tiny(layers_per_block=2), unet_inputs()
+    with torch.no_grad():
+        before = model(**given)
+        for value in without_effect(model):
+            value.fill_(7.0)
+        assert torch.equal(model(**given), before)
 
 
 @pytest.mark.parametrize(("name", "count"), [("vae", 97_742_847), ("image_encoder", 632_076_800)])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,15 +18,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
+from tiny import TINY, UNET_CONFIG, VAE_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
 
 import train
 from clips import ClipDataset, ResumableSampler, render
-from motion_dreamer import STAGE1, MotionDreamer, SmallMotionDreamer, SmallStageConfig, StageConfig
-from svd import VAE, ImageEncoder, UNet
+from motion_dreamer import (
+    ONE_STAGE,
+    STAGE1,
+    STAGE2,
+    MotionDreamer,
+    SmallMotionDreamer,
+    SmallStageConfig,
+    StageConfig,
+)
+from svd import VAE, ImageEncoder, UNet, without_effect
 from training import checkpoint, samples
 from training.batch import Chances, training_batch
-from training.cache import CachedClips
+from training.cache import CachedClips, TrainingClips, encode_clips
 from training.vae import vae_loss
 
 ROOT = Path(__file__).parent.parent
@@ -139,8 +148,99 @@ def test_checkpoints_are_whole_and_only_the_newest_stay(monkeypatch, clips, out,
     monkeypatch.undo()
     assert (folder / "step_00000004.pt").read_bytes() == saved
     (folder / "step_00000004.pt").write_bytes(saved[: len(saved) // 2])
+    assert checkpoint.load_checkpoint(folder, {})[0]["step"] == 3
+    (folder / "step_00000003.pt").unlink()
     with pytest.raises(ValueError, match=r"step_00000004.pt: cannot be read .*; delete it"):
-        checkpoint.load_checkpoint(folder, "cpu", {})
+        checkpoint.load_checkpoint(folder, {})
+
+
+def flip(raw, place):
+    return raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+
+
+DAMAGES = {
+    "nothing left": lambda raw: b"",
+    "a byte left": lambda raw: raw[:1],
+    "half": lambda raw: raw[: len(raw) // 2],
+    "the last byte": lambda raw: raw[:-1],
+    "a changed number": lambda raw: flip(raw, len(raw) // 2),
+    "not ours": lambda raw: b"PK" + raw[::-1],
+}
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(monkeypatch, clips, out, tmp_path, capsys):
+    """It says so in one line, and ends with the bytes of a run that was never stopped."""
+    run(monkeypatch, clips, out, "--save-every", 3, "--keep", 3, steps=7)
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        killed = shutil.copytree(out, tmp_path / str(number))
+        folder = killed / "training" / "stage1"
+        (folder / "step_00000007.pt").unlink()
+        newest = folder / "step_00000006.pt"
+        newest.write_bytes(damage(newest.read_bytes()))
+        capsys.readouterr()
+        run(monkeypatch, clips, killed, "--save-every", 5, "--keep", 1, steps=7)
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and said[0].startswith(f"train.py: {newest}: cannot be read ("), name
+        assert said[0].endswith("; going on from the one before")
+        assert [path.name for path in folder.glob("*.pt*")] == ["step_00000007.pt"]
+        assert losses(killed) == losses(out)
+        states = [torch.load(run / "training" / "stage1" / "step_00000007.pt") for run in (killed, out)]
+        for part in ("model", "ema"):
+            assert all(torch.equal(value, states[1][part][key]) for key, value in states[0][part].items()), name
+        for key, moments in states[0]["optimizer"]["state"].items():
+            assert all(torch.equal(value, states[1]["optimizer"]["state"][key][n]) for n, value in moments.items())
+
+
+def test_a_damaged_checkpoint_is_gone_with_the_next_one(tmp_path):
+    for step in (1, 2, 9):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step}, 2)
+    (tmp_path / "step_00000009.pt").write_bytes(b"")
+    checkpoint.save_checkpoint(tmp_path, 3, {"step": 3}, 2)  # the 9 does not count among the two
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
+    assert checkpoint.load_checkpoint(tmp_path, {}) == ({"step": 3}, [])
+
+
+def mapped(name):
+    """Addresses at which this process sees a file."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [[int(end, 16) for end in line.split()[0].split("-")] for line in lines if name in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_run_that_goes_on_holds_no_second_copy(monkeypatch, clips, out):
+    """What is read stays in its file, on no device, and what the networks have copied is gone before the first step."""
+    run(monkeypatch, clips, out, steps=2)
+    load, step, read, copies = checkpoint.load_checkpoint, train.take_step, [], []
+
+    def watch(*arguments):
+        state, damaged = load(*arguments)
+        for part in ("model", "ema"):
+            for value in state[part].values():
+                assert value.device.type == "cpu" and any(a <= value.data_ptr() < b for a, b in mapped("step_00000002"))
+                read.append(weakref.ref(value))
+        return state, damaged
+
+    def look(*arguments):
+        copies.append([value for value in read if value() is not None])
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "load_checkpoint", watch)
+    monkeypatch.setattr(train, "take_step", look)
+    run(monkeypatch, clips, out, steps=3)
+    assert len(read) > 100 and copies == [[]]
+
+
+def test_a_checkpoint_that_may_not_be_read_ends_the_run(tmp_path, monkeypatch):
+    """It is not damaged: an older one would lose steps, and with the next save the newest."""
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step}, 2)
+
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionError, match="step_00000002.pt"):
+        checkpoint.load_checkpoint(tmp_path, {})
 
 
 def test_the_model_folder_holds_the_moving_average(monkeypatch, clips, out):
@@ -220,6 +320,49 @@ def test_only_the_decoder_changes_with_decoder_only(monkeypatch, clips, out):
     assert after.scaling_factor == before.scaling_factor
     changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
     assert changed and all(key.startswith("decoder.") for key in changed)
+
+
+CONFIGS = {
+    "stage1": STAGE1, "stage2": STAGE2, "one": ONE_STAGE, "without control": replace(STAGE1, control="none"),
+    "sparse": replace(STAGE2, control="sparse_flow"), "extras": SmallStageConfig(told=True, show_flow=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_that_is_trained_gets_a_gradient(clips, name):
+    """DistributedDataParallel waits for all of them."""
+    config = replace(CONFIGS[name], vae_factor=2, frames=4, width=24, height=16)
+    stage, vae, tower = tiny_stage(config).train(), tiny_vae(), tiny_tower()
+    idle = {id(value) for value in without_effect(stage)}
+    batch = torch.utils.data.default_collate([TrainingClips(ClipDataset(clips))[(i, 0)] for i in range(2)])
+    batch |= encode_clips(batch, stage, vae, tower)
+    generator = torch.Generator().manual_seed(0)
+    stage.loss(training_batch(stage, batch, vae, generator, Chances()), generator)["loss"].mean().backward()
+    assert {name for name, value in stage.named_parameters() if (value.grad is None) != (id(value) in idle)} == set()
+
+
+@pytest.mark.parametrize("decoder_only", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_every_weight_of_a_vae_that_is_trained_gets_a_gradient(clips, decoder_only, layers):
+    vae = randomize(VAE(replace(VAE_CONFIG, layers_per_block=layers)), scale=0.05)
+    for value in without_effect(vae):
+        value.requires_grad_(False)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not decoder_only)
+    batch = torch.utils.data.default_collate([moving_squares(seed).tensors() for seed in (0, 1)])
+    vae_loss(vae, batch, torch.Generator().manual_seed(0))["loss"].mean().backward()
+    assert all((value.grad is not None) == value.requires_grad for value in vae.parameters())
+
+
+@pytest.mark.parametrize("stage", ["1", "vae"])
+def test_weights_without_effect_are_not_trained_and_have_no_state(monkeypatch, clips, out, stage):
+    make, learners = train.make_learner, []
+    monkeypatch.setattr(train, "make_learner", lambda *told: learners.append(make(*told)) or learners[-1])
+    run(monkeypatch, clips, out, stage=stage, steps=1)
+    core, state = learners[0].core, learners[0].optimizer.state
+    frozen = {id(value) for value in core.parameters() if not value.requires_grad}
+    assert frozen == {id(value) for value in without_effect(core)} != set()
+    assert {id(value) for value in state} == {id(value) for value in core.parameters()} - frozen
 
 
 def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, clips, out, capsys):
@@ -320,6 +463,25 @@ def test_validation_is_of_the_moving_average_with_the_same_draws_every_time(monk
         losses.append(stage.loss(training_batch(stage, batch, vae, generator, Chances()), generator)["loss"].item())
     assert logged(out)[-1]["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert abs(np.mean(losses) - first) > 1e-3
+
+
+def parsed(monkeypatch, *extra):
+    monkeypatch.setattr(sys, "argv", ["train.py", *command("data", "out", *extra)])
+    return train.parse_arguments()
+
+
+def test_the_recipe_is_that_of_svds_weights_with_init_and_says_so(monkeypatch, capsys):
+    def recipe(*extra):
+        return [getattr(parsed(monkeypatch, *extra), name) for name in ("lr", "warmup", "ema")]
+
+    assert recipe() == recipe("--start", "demo") == [5e-4, 100, 0.999]
+    assert recipe("--init", "svd") == [1e-5, 500, 0.9999]
+    assert recipe("--init", "svd", "--lr", 0, "--warmup", 0) == [0, 0, 0.9999]  # what is said counts, 0 too
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for both in ("0.0005, with --init 1e-05", "100, with --init 500", "0.999, with --init 0.9999"):
+        assert both in said
 
 
 def test_starts_from_svd(monkeypatch, clips, out, tmp_path):
@@ -543,7 +705,8 @@ def by_hand(clips, out, processes, accumulate, steps):
 def test_processes_and_accumulated_batches_train_as_one_loop_over_all_clips_would(
     clips, out, tmp_path, processes, accumulate
 ):
-    """Weights of all processes, after every step: equal to a loop that is written here, and so to one another."""
+    """Weights of all processes, after every step: equal to a loop that is written here, and so to one another. The loss
+    in the log is the mean over the clips of all processes."""
     start, out, script, steps = out, tmp_path / "model", tmp_path / "watched.py", 5
     config = replace(STAGE1, vae_factor=4, latent_channels=16, frames=4, width=24, height=16)
     tiny_stage(config).save_pretrained(start / "stage1")  # no weight is 0, so that each has a gradient
@@ -573,11 +736,13 @@ def test_processes_and_accumulated_batches_train_as_one_loop_over_all_clips_woul
         clipped.append(norm > 0.25)
         for rank in range(processes):
             state = torch.load(out / f"rank_{rank}_step_{step}.pt")
-            assert state["loss"] == pytest.approx(losses[rank], rel=1e-4)
+            assert state["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
             assert state["grad_norm"] == pytest.approx(norm, rel=1e-3)
             for name in weights:
                 torch.testing.assert_close(state["after"][name], weights[name], rtol=1e-3, atol=2e-5, msg=name)
                 torch.testing.assert_close(state["ema"][name], ema[name], rtol=1e-3, atol=2e-5, msg=name)
+        assert logged(out)[step]["loss"] == state["loss"]
+        assert processes == 1 or losses[0] != pytest.approx(losses[1], rel=1e-2)  # so the mean is neither's
     assert set(clipped) == {True, False}
 
 
@@ -622,6 +787,19 @@ MISTAKES = {
     "bad value": (nothing, ["--set", "mask_ratio=high"], "'high' is not a float"),
     "bad choice": (nothing, ["--set", "control=magic"], "magic"),
 }
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_processes_than_gpus_are_one_line(monkeypatch, clips, out, capsys, rank):
+    """In every process, the one that has a GPU too: it would wait for the other."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, out)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: 2 processes, but 1 GPU(s): each needs one of its own\n"
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

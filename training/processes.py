@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass
@@ -27,11 +28,14 @@ class Machine:
 
 def start_process(seed: int, precision: str | None) -> Machine:
     """Joins the processes that torchrun started; one without it is rank 0 of 1. precision "fp32" or "bf16"; None: bf16
-    on a GPU. `seed` is that of the initial weights."""
+    on a GPU. `seed` is that of the initial weights. Raises ValueError: more processes than GPUs."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    place, gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    device = f"cuda:{place}" if gpu else "cpu"
     if gpu:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
+        if here > torch.cuda.device_count():
+            raise ValueError(f"{here} processes, but {torch.cuda.device_count()} GPU(s): each needs one of its own")
         torch.cuda.set_device(device)
     if world_size > 1:
         patience = timedelta(hours=2)  # the others wait while process 0 measures and saves
@@ -64,6 +68,14 @@ class StopSignal:
         if self.machine.world_size > 1:
             dist.all_reduce(told)
         return told.item() > 0
+
+
+def mean_over_processes(machine: Machine, values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars of this process, by the same names in all -> their means over all processes, in one exchange."""
+    means = torch.stack([value.float() for value in values.values()]) / machine.world_size
+    if machine.world_size > 1:
+        dist.all_reduce(means)
+    return dict(zip(values, means.tolist(), strict=True))
 
 
 def leave_process_group(worker: int) -> None:
