@@ -8,6 +8,7 @@ diffusers' UNetSpatioTemporalConditionModel and AutoencoderKLTemporalDecoder and
 CLIPVisionModelWithProjection.
 """
 
+import argparse
 import sys
 import zlib
 from pathlib import Path
@@ -122,6 +123,7 @@ def clip_token(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     FOLDER.mkdir(exist_ok=True)
     for name, config in MODELS.items():
         given = inputs(name, config, *{"unet": (7, 10), "vae": (20, 28), "image_encoder": (71, 40)}[name])
