@@ -35,7 +35,8 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from clips import Motion, draft_video, render, unrender
+import clips
+from clips import Motion, render, unrender
 from instance_flow import MASK_UNITS, REDUCTIONS, sparse_points
 from splat import softsplat
 from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video, gaussian, karras_sigmas
@@ -511,8 +512,7 @@ class SmallMotionDreamer(MotionDreamer):
 
     def encode(self, name: str, maps: Maps, firsts: dict[str, Tensor | None], vae: VAE) -> Tensor:
         if name == "draft":
-            draft = draft_video(maps["rgb"][:, 0], maps["segmentation"])
-            return encode_video(vae, draft, self.config.vae_factor)
+            return encode_video(vae, clips.draft_video(maps["rgb"][:, 0], maps["segmentation"]), self.config.vae_factor)
         return super().encode(name, maps, firsts, vae)
 
     def tell(self, told: Told, latents: Maps, token: Tensor, vae: VAE, noise: Tensor) -> Condition:
