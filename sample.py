@@ -146,8 +146,7 @@ def load_models(arguments: argparse.Namespace) -> Models:
     takes float16, as in diffusers' pipeline (bfloat16 would round pictures by half a level of gray)."""
     source, home = arguments.svd or arguments.model, "cpu" if arguments.offload else arguments.device
     kept = {"dtype": DTYPES[arguments.precision], "device": home}
-    names = {"1": ["stage1"], "2": ["stage2"], "both": ["stage1", "stage2"]}[arguments.stage]
-    names = [] if arguments.svd else names
+    names = [] if arguments.svd else {"1": ["stage1"], "2": ["stage2"]}.get(arguments.stage, ["stage1", "stage2"])
     stages = {name: MotionDreamer.from_pretrained(source, name, **kept).eval() for name in names}
     vae = VAE.from_pretrained(source, "vae", torch.float32, home).eval()
     if arguments.precision != "fp32":
@@ -191,8 +190,8 @@ def folders(arguments: argparse.Namespace) -> dict[Path, str | None]:
 
 def plan(arguments: argparse.Namespace, models: Models, given: dict[Path, Inputs]) -> list[Task]:
     """All videos of the command line: for every arrows file, --samples of them."""
-    tasks, stage1 = [], models.stages.get("stage1")  # it makes the motion; Stage II is given it
-    can_stay = stage1 is None or getattr(stage1.config, "told", False)
+    tasks, stages = [], [stage for stage in models.stages.values() if not stage.config.given]  # Stage II is given it
+    can_stay = all(getattr(stage.config, "told", False) for stage in stages)
     for folder, inputs in given.items():
         if not can_stay and (entry := told_to_stay(inputs.given)):
             raise ValueError(
@@ -240,7 +239,7 @@ def pictures_of(motion: Motion, inputs: Inputs) -> dict[str, np.ndarray]:
 
 def write_all(folder: Path, inputs: Inputs, videos: dict[str, np.ndarray], motion: Motion | None, fps: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if motion is not None:
+    if motion is not None and any(value is not None for value in vars(motion).values()):
         motion.save(folder / "motion.safetensors")
     for name, pictures in videos.items():
         write_video(folder / f"{name}.mp4", pictures, fps)
@@ -280,10 +279,11 @@ def run_svd(arguments: argparse.Namespace, models: Models, task: Task) -> tuple[
 def run_stages(arguments: argparse.Namespace, models: Models, task: Task) -> tuple[dict, Motion, float]:
     """Motion Dreamer: Stage I, Stage II or both. The margin is cut off the motion between them, too: what is in the
     file is what Stage II sees, whether it runs at once or later."""
-    stages, canvas, path, motion = models.stages, task.canvas, task.out / "motion.safetensors", None
+    stages, canvas, path = models.stages, task.canvas, task.out / "motion.safetensors"
+    motion = Motion(None, None, None)  # all that One-stage* of Table 1, which is a stage2 alone, is given
     config = next(iter(stages.values())).config
     frames, fps = arguments.frames or config.frames, arguments.fps or config.fps
-    if arguments.stage == "2":
+    if arguments.stage == "2" and config.given:
         motion = Motion.load(path).to(arguments.device)
         frames = check_motion(path, motion, stages["stage2"], canvas.inner, arguments.frames)
     told, video = task.inputs.told(frames, canvas, arguments.device), None

@@ -1,6 +1,7 @@
 """sample.py through its command line, with a tiny model of random weights: what it writes, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ import sample
 import show
 from inputs.find import at_hand
 from inputs.photo import fit, read_inputs
-from motion_dreamer import STAGE1, STAGE2, Motion, MotionDreamer, SmallMotionDreamer, SmallStageConfig
+from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, Motion, MotionDreamer, SmallMotionDreamer, SmallStageConfig
 from svd import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -740,3 +741,18 @@ def test_without_transformers(given, monkeypatch, capsys, flag, word):
 def test_auto_never_downloads(monkeypatch, capsys):
     monkeypatch.setattr("inputs.find.importlib.util.find_spec", lambda name: True)
     assert not at_hand("facebook/no-such-model") and not at_hand("no folder")
+
+
+def test_the_one_stage_model_of_table_1_paints_without_motion(given, model, monkeypatch, capsys):
+    """`train.py --stage one` leaves a stage2 that is given no motion: no motion file is asked for, and none written."""
+    folder = given.folder / "one"
+    for part in ("vae", "image_encoder"):
+        shutil.copytree(model / part, folder / part)
+    config = replace(ONE_STAGE, vae_factor=2, frames=FRAMES, width=WIDTH, height=HEIGHT, sigma_max=80.0)
+    tiny_stage(config, scale=0.02).save_pretrained(folder / "stage2")
+    out = given.run(monkeypatch, "--model", str(folder), "--stage", "2")
+    assert {path.name for path in out.iterdir()} == {"video.mp4", "grid.gif", "input.png", "run.json"}
+    given.change(rest="still")  # it makes the motion itself: it would have to know
+    with pytest.raises(SystemExit) as stop:
+        given.run(monkeypatch, "--model", str(folder), "--stage", "2", out="other")
+    assert stop.value.code == 2 and '"rest" is "still"' in capsys.readouterr().err
