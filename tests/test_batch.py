@@ -1,6 +1,7 @@
 """training/batch.py against loops over pixels and objects, draw by draw; and: training and sampling tell the same."""
 
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def test_sparse_control_is_drawn_anew_on_what_is_told_and_leaves_the_motion_mask
                 np.testing.assert_allclose(b.condition.F[row, :, y, x], mean, rtol=1e-5)
         seen.append(points)
     assert max(points.sum(dim=(1, 2)).max() for points in seen) == 8
-    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
 
 
 # ------------------------------------------------------------------------------------------------- what is left out

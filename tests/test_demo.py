@@ -38,7 +38,7 @@ def flows():
         stage, None, vae, tower, *told, F, frames=stage.config.frames, steps=10,
         generator=torch.Generator().manual_seed(0), mask=mask,
     )  # fmt: skip
-    return dict(zip(names, motion.flow, strict=False)) | {"free": motion.flow[3:]}, ids
+    return dict(zip(names, motion.flow, strict=True)) | {"free": motion.flow[3:]}, ids
 
 
 def pushed(ids):
