@@ -32,7 +32,7 @@ from motion_dreamer import (
     StageConfig,
 )
 from svd import VAE, ImageEncoder, UNet, without_effect
-from training import checkpoint, samples
+from training import checkpoint, samples, task
 from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
 from training.vae import vae_loss
@@ -386,13 +386,13 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, cli
 
 def test_data_and_randomness_of_a_step_are_functions_of_seed_rank_and_step(monkeypatch, clips, out):
     seen = []
-    make = train.training_batch
+    make = task.training_batch
 
     def record(stage, told, *rest):
         seen.append(told["segmentation"].clone())
         return make(stage, told, *rest)
 
-    monkeypatch.setattr(train, "training_batch", record)
+    monkeypatch.setattr(task, "training_batch", record)
     run(monkeypatch, clips, out, "--seed", 3, steps=3)
     order = iter(ResumableSampler(5, seed=3))
     for batch in seen:
