@@ -24,8 +24,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_sta
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
 from svd import VAE, ImageEncoder, TakeTurns, UNet, image_to_video
+from training.compiled import compile_forward
 from training.processes import peak_memory
 
 DEMO = Path(__file__).parent / "demo"
@@ -87,8 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--device", choices=("cuda", "mps", "cpu"), help="default: cuda where there is one, else cpu")
     usual = "of the weights (default: on cuda fp16 for --svd, else bf16; on other devices fp32)"
     option("--precision", choices=tuple(DTYPES), help=usual)
-    turns = "networks take turns on the device: less of its memory, more time (default %(default)s)"
-    option("--offload", action="store_true", help=turns)
+    option("--offload", action="store_true", help="networks take turns on the device: less memory, more time")
+    option("--compile", action="store_true", help="compile the denoiser: a minute or more, then faster steps")
     arguments = parser.parse_args()
     check_arguments(arguments)
     return arguments
@@ -153,8 +154,11 @@ def load_models(arguments: argparse.Namespace) -> Models:
         vae.decoder.half()
     tower = ImageEncoder.from_pretrained(source, "image_encoder", **kept).eval()
     unet = UNet.from_pretrained(source, "unet", **kept).eval() if arguments.svd else None
+    networks = [unet] if unet else list(stages.values())
+    for network in networks * arguments.compile:
+        compile_forward(getattr(network, "unet", network))
     if arguments.offload:
-        TakeTurns([vae, tower, *stages.values(), *([unet] if unet else [])], arguments.device)
+        TakeTurns([vae, tower, *networks], arguments.device)
     return Models(vae, tower, unet, stages)
 
 
@@ -254,10 +258,6 @@ def write_all(folder: Path, inputs: Inputs, videos: dict[str, np.ndarray], motio
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def bar(name: str) -> Callable:
-    return lambda steps: tqdm(steps, name, unit="step")
-
-
 def run_svd(arguments: argparse.Namespace, models: Models, task: Task) -> tuple[dict, None, float]:
     """Plain SVD: what its weights do without us."""
     fps = arguments.fps or 7.0
@@ -297,10 +297,10 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task) -> tup
     } | told
     codecs = models.vae, models.tower
     if "stage1" in stages:
-        motion, _ = dream(stages["stage1"], None, *codecs, **settings, progress=bar("stage 1: motion"))
+        motion, _ = dream(stages["stage1"], None, *codecs, **settings, progress=partial(tqdm, desc="stage 1: motion"))
         motion = motion.map(canvas.crop)
     if "stage2" in stages:
-        settings |= {"motion": motion.map(canvas.pad), "progress": bar("stage 2: video")}
+        settings |= {"motion": motion.map(canvas.pad), "progress": partial(tqdm, desc="stage 2: video")}
         settings["generator"] = torch.Generator().manual_seed(task.seed + 1)  # the same whether it runs alone or not
         _, video = dream(None, stages["stage2"], *codecs, **settings)
     videos = pictures_of(motion, task.inputs)

@@ -33,8 +33,10 @@ import metrics
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import ABLATIONS, stage_class
 from svd import VAE, without_effect
-from training.cache import TrainingClips
+from training.cache import CachedClips, TrainingClips
 from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
+from training.compiled import compile_forward
+from training.held import free_memory, held_batches, hold
 from training.plan import parts_without_weights, table
 from training.presets import PRESETS
 from training.processes import (
@@ -91,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
     how.add_argument("--precision", choices=("fp32", "bf16"), help="None: bf16 on a GPU, fp32 on a CPU")
     how.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    how.add_argument("--compile", action="store_true", help="compile the network: minutes, then faster steps")
+    how.add_argument("--compile", action="store_true", help="compile the denoiser: a minute or more, then faster steps")
     how.add_argument("--workers", type=int, default=0, help="processes that read clips")
     log = parser.add_argument_group("log and checkpoints")
     log.add_argument("--save-every", type=int, default=500, help="steps")
@@ -168,7 +170,9 @@ def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, fo
 def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> None:
     """Compiles the model and shares its gradients between processes, where that was asked for."""
     if arguments.compile:
-        learner.model = torch.compile(learner.model, dynamic=False)  # every batch has the same sizes
+        parts = (learner.core.encoder, learner.core.decoder) if arguments.stage == "vae" else (learner.core.unet,)
+        for part in parts:
+            compile_forward(part, graphs=machine.on_gpu)
     if machine.world_size > 1:
         devices = [machine.device] if machine.on_gpu else None
         learner.model = DistributedDataParallel(learner.model, device_ids=devices)
@@ -177,19 +181,32 @@ def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> N
 def batches_from(
     arguments: argparse.Namespace, machine: Machine, clips: torch.utils.data.Dataset, step: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches without an end, from `step` on, in an order that is a function of (seed, rank, step)."""
+    """Batches without an end, from `step` on, in an order that is a function of (seed, rank, step).
+
+    On a GPU, clips with cached latents move there once the first step has shown what a step takes of memory, if half of
+    what is left holds them all: reading files would take longer than a step of a small model.
+    """
     start = step * arguments.accumulate * arguments.batch
-    sampler = ResumableSampler(len(clips), arguments.seed, machine.rank, machine.world_size, start)
+    order = ResumableSampler(len(clips), arguments.seed, machine.rank, machine.world_size, start)
     loader = torch.utils.data.DataLoader(
         clips,
         arguments.batch,
-        sampler=sampler,
+        sampler=order,
         num_workers=arguments.workers,
         worker_init_fn=leave_process_group,
         persistent_workers=arguments.workers > 0,
     )
-    for batch in loader:
-        yield {name: value.to(machine.device, non_blocking=True) for name, value in batch.items()}
+    held = None
+    for count, batch in enumerate(loader, 1):
+        batch = {name: value.to(machine.device, non_blocking=True) for name, value in batch.items()}
+        yield batch
+        if count == arguments.accumulate and machine.on_gpu and isinstance(clips, CachedClips):
+            held = hold(clips, machine.device, free_memory(machine.device) // 2, arguments.workers)
+            if held:
+                break
+    del loader  # and its workers
+    order.start += arguments.accumulate * arguments.batch
+    yield from held_batches(held, batch, order, arguments.batch)
 
 
 def take_step(

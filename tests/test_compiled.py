@@ -1,0 +1,68 @@
+"""Compiled denoisers: the same numbers and gradients, one graph without a break."""
+
+import functools
+
+import pytest
+import torch
+from tiny import UNET_CONFIG, randomize
+
+from svd import UNet
+from training import compiled
+
+
+def inputs(unet, B, T, h, w, generator):
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    sizes = [(-(-h // 2**i), -(-w // 2**i)) for i in range(2)]
+    told = {
+        "residuals": [normal(B, T, c, *size) for c, size in zip(unet.residual_channels, sizes, strict=True)],
+        "temporal_query": [normal(B, c) for c in unet.temporal_query_channels],
+    }
+    ids = torch.tensor([[6.0, 127.0, 0.02]]).expand(B, -1)
+    return (normal(B, T, 8, h, w), normal(B), normal(B, 1, 16), ids), told
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile as it is but for machine code, which takes minutes: a break of the graph is an error."""
+    modes = []
+
+    def compile(forward, dynamic, mode):
+        modes.append(mode)
+        return torch._dynamo.optimize("aot_eager", nopython=True, dynamic=dynamic)(forward)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return modes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_denoiser_gives_the_same_numbers_and_gradients(traced, capsys, checkpointing):
+    torch.manual_seed(0)
+    plain, fast = (randomize(UNet(UNET_CONFIG), 1) for _ in range(2))
+    fast.load_state_dict(plain.state_dict())
+    plain.gradient_checkpointing = fast.gradient_checkpointing = checkpointing
+    compiled.compile_forward(fast)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):  # the second call is not the one that compiles
+        positional, told = inputs(plain, 2, 3, 5, 7, generator)
+        for model in (plain, fast):
+            model.zero_grad()
+            model.made = model(*positional, **told)
+            model.made.square().mean().backward()
+        torch.testing.assert_close(fast.made, plain.made, rtol=1e-4, atol=1e-4)
+        for (name, a), b in zip(plain.named_parameters(), fast.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), name
+            if a.grad is not None:
+                torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4, msg=name)
+    assert capsys.readouterr().out.count("compiling UNet took") == 1
+    assert traced == [None]
+    assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+def test_only_small_networks_become_cuda_graphs(traced, monkeypatch):
+    network = functools.partial(torch.nn.Linear, 10, 10)  # 110 parameters
+    compiled.compile_forward(network(), graphs=True)
+    monkeypatch.setattr(compiled, "SMALL", 110)
+    compiled.compile_forward(network(), graphs=True)
+    assert traced == ["reduce-overhead", None]
