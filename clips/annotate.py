@@ -2,6 +2,9 @@
 
     python -m clips.annotate VIDEO... --out DIR        # flow by RAFT, ids by SAM 2, depth by Depth Anything V2
     python -m clips.annotate VIDEO... --export FRAMES  # only write what annotators see: FRAMES/VIDEO/000000.png ...
+    torchrun --nproc_per_node 8 -m clips.annotate FOLDER --list FILE --out DIR    # eight GPUs share the videos
+
+VIDEO is a file, or a folder of videos.
 
 Each annotator may be replaced by a folder with one file a frame, FOLDER/VIDEO/000000.npy and so on, where VIDEO is the
 file's name without its ending and frames are counted as `--export` counts them:
@@ -10,19 +13,25 @@ file's name without its ending and frames are counted as `--export` counts them:
     --depth FOLDER          .npy [H, W] or .png (8 or 16 bit, larger = farther), positive
 
 The models are optional packages (torchvision, transformers) and are imported only where an option asks for them.
-To resume, run the same command again: clips that exist are skipped. Letters are those of clip.py.
+To resume, run the same command again: clips that exist are skipped, and a video that is done is not even read
+(DIR/.videos says which ones are). A video that fails is one line; the others are still done. Letters are those of
+clip.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib
+import json
 import math
+import os
 import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,13 +39,16 @@ from types import ModuleType
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from clips.clip import CAMERA_YAW_UNIT, Clip
 from inputs import read_depth, read_segmentation
 
+VIDEO_ENDINGS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # of what is taken from a folder
 CUT = 0.5  # of the pixels change their colour class at a scene cut
 BUCKET_SPEED = 0.1  # picture heights a second that are motion bucket 127, SVD's default
 RAFT_SIDE = 128  # pixels; RAFT's coarsest correlation needs that many
@@ -79,8 +91,15 @@ def need(module: str, option: str, package: str, *names: str) -> ModuleType:
     return found
 
 
+def processes() -> tuple[int, int]:
+    """Which of how many processes this is: they need not know of each other to share the videos."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The CPU, or this process' GPU; where there are fewer GPUs than processes, they share them."""
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------- video -> shots
@@ -135,6 +154,11 @@ def read_video(path: Path, size: Size, fps: float) -> Iterator[np.ndarray]:
         raise ValueError(f"{path}: not a video ({first_line(error)})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def progress(path: Path, size: Size, fps: float) -> Iterable[np.ndarray]:
+    """`read_video` with a bar; of several processes, the first one shows its own."""
+    return tqdm(read_video(path, size, fps), path.name, unit="frame", disable=processes()[0] > 0)
 
 
 def color_classes(rgb: np.ndarray) -> np.ndarray:
@@ -458,27 +482,65 @@ class Annotators:
 def annotate_video(
     path: Path, out: Path, size: Size, fps: float, frames: int, annotators: Annotators, meta: dict
 ) -> str:  # fmt: skip
-    """Writes out/NAME_START.safetensors for each piece of `frames` frames between scene cuts; says what was done."""
-    counts = {"written": 0, "there": 0, "lost": 0}
-    for start, rgb in pieces(tqdm(read_video(path, size, fps), path.name, unit="frame"), frames):
+    """Writes out/NAME_START.safetensors for each piece of `frames` frames between scene cuts; says what was done.
+
+    out/.videos/NAME.json keeps the settings and, as soon as all are there, the names of the clips. Raises ValueError
+    for what is wrong with the video, and where its clips were made with other settings.
+    """
+    record, counts, names = out / ".videos" / f"{path.stem}.json", {"written": 0, "there": 0, "lost": 0}, []
+    settings = meta["annotators"] | {"size": f"{size[0]}x{size[1]}", "fps": fps, "frames": frames}
+    if done := clips_done(path, record, settings):
+        return f"{path}: skipped, its {len(done)} clips were there"
+    for start, rgb in pieces(progress(path, size, fps), frames):
         file = out / f"{path.stem}_{start:06d}.safetensors"
         if len(rgb) < frames:
             counts["lost"] += len(rgb)
-        elif file.exists():
+            continue
+        if file.exists():
             counts["there"] += 1
         else:
-            annotators.clip(Pictures(path.stem, start, rgb), fps, meta).save(file)
+            clip = annotators.clip(Pictures(path.stem, start, rgb), fps, meta)
+            if not counts["written"]:
+                write_record(record, settings, [])
+            clip.save(file)
             counts["written"] += 1
-    if not counts["written"] + counts["there"]:
+        names.append(file.name)
+    if not names:
         raise ValueError(f"{path}: no shot of its {counts['lost']} frames (--fps {fps:g}) has {frames}")
+    write_record(record, settings, names)
     told = "{written} clips written, {there} were there; {lost} frames at ends of shots are in none".format(**counts)
     return f"{path}: {told}"
+
+
+def clips_done(path: Path, record: Path, settings: dict) -> list[str]:
+    """Names of a video's clips if all are there; none if some are to be made. Raises ValueError where those that are
+    there were made with other settings."""
+    out, digits = record.parent.parent, "[0-9]" * 6
+    if not record.exists() or not any(out.glob(f"{glob.escape(path.stem)}_{digits}.safetensors")):
+        return []
+    try:
+        content = json.loads(record.read_text())
+        was, names = content["settings"], content["clips"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record}: {first_line(error)}; delete it, it will be made again") from None
+    for name, value in settings.items():
+        if was.get(name, value) != value:
+            told = f"its clips in {out} were made with {name} = {was[name]}, now {name} = {value}"
+            raise ValueError(f"{path}: {told}: take another --out")
+    return names if all((out / name).exists() for name in names) else []
+
+
+def write_record(record: Path, settings: dict, names: list[str]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_name(f"{record.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps({"settings": settings, "clips": names}) + "\n")
+    os.replace(partial, record)
 
 
 def export_frames(path: Path, folder: Path, size: Size, fps: float) -> str:
     """Writes folder/NAME/000000.png and so on."""
     count = 0
-    for rgb in tqdm(read_video(path, size, fps), path.name, unit="frame"):
+    for rgb in progress(path, size, fps):
         (folder / path.stem).mkdir(parents=True, exist_ok=True)
         Image.fromarray(rgb).save(folder / path.stem / f"{count:06d}.png")
         count += 1
@@ -494,6 +556,21 @@ def parse_size(text: str) -> Size:
     if not found or min(int(side) for side in found.groups()) < 8:
         raise ValueError(f"--size {text}: expected WIDTHxHEIGHT, 8 pixels at least")
     return int(found[1]), int(found[2])
+
+
+def videos_of(names: list[str], listing: str | None) -> list[str]:
+    """Names and lines of the file `listing`: files as they are, of a folder the videos in it. Raises ValueError where
+    there is none."""
+    lines = Path(listing).read_text().splitlines() if listing else []
+    found = []
+    for name in [*names, *filter(str.strip, lines)]:
+        inside = sorted(path for path in Path(name).glob("*") if path.suffix.lower() in VIDEO_ENDINGS)
+        if Path(name).is_dir() and not inside:
+            raise ValueError(f"{name}: no videos ({', '.join(sorted(VIDEO_ENDINGS))}) here")
+        found += map(str, inside) if inside else [name]
+    if not found:
+        raise ValueError(f"--list {listing}: names no video" if listing else "no videos: name some, or --list FILE")
+    return found
 
 
 def by_stem(paths: list[str]) -> list[Path]:
@@ -519,27 +596,52 @@ def check_numbers(arguments: argparse.Namespace, least: dict[str, int]) -> None:
             raise ValueError(f"--{name} {value}: expected {low} at least")
 
 
-def run_annotate(arguments: argparse.Namespace) -> None:
-    """Raises ValueError, one line; what can be checked is checked before anything is annotated."""
-    size, paths, fps = parse_size(arguments.size), by_stem(arguments.videos), arguments.fps
+def run_annotate(arguments: argparse.Namespace) -> int:
+    """How many videos failed, each with a line on stderr. Raises ValueError, one line; what can be checked is checked
+    before anything is annotated."""
+    size, fps = parse_size(arguments.size), arguments.fps
+    paths = by_stem(videos_of(arguments.videos, arguments.list))
     check_numbers(arguments, {"frames": 2, "fps": 1, "fov": 1})
     if arguments.fov >= 180:
         raise ValueError(f"--fov {arguments.fov:g}: expected degrees below 180")
     out = output_folder(arguments.out or arguments.export)
     if arguments.export:
-        for path in paths:
-            print(export_frames(path, out, size, fps))
-        return
+        return of_each(paths, lambda path: export_frames(path, out, size, fps))
     annotators = Annotators(
         flow_annotator(arguments.flow, arguments.flow_weights),
         segmentation_annotator(arguments.segmentation, arguments.segmentation_model),
         depth_annotator(arguments.depth, arguments.depth_model),
         arguments.fov if arguments.camera == "flow" else None,
     )
-    told = {name: getattr(arguments, name) for name in ("flow", "segmentation", "depth", "camera", "fov")}
-    for path in paths:
-        meta = {"scenario": "video", "source": path.name, "annotators": told}
-        print(annotate_video(path, out, size, fps, arguments.frames, annotators, meta))
+    names = ("flow", "flow_weights", "segmentation", "segmentation_model", "depth", "depth_model", "camera", "fov")
+    meta = {"scenario": "video", "annotators": {name: getattr(arguments, name) for name in names}}
+
+    def annotate(path: Path) -> str:
+        return annotate_video(path, out, size, fps, arguments.frames, annotators, meta | {"source": path.name})
+
+    return of_each(paths, annotate)
+
+
+def of_each(paths: list[Path], work: Callable[[Path], str]) -> int:
+    """Does the work on this process' share of the videos -> how many failed, in all processes of torchrun."""
+    rank, world_size = processes()
+    share, failed = paths[rank::world_size], 0
+    for path in share:
+        try:
+            print(work(path), flush=True)
+        except ValueError as error:
+            print(f"clips.annotate: {error}", file=sys.stderr)
+            failed += 1
+    if len(paths) > 1:
+        print(f"{len(share) - failed} of {len(share)} videos done")
+    if world_size > 1 and dist.is_torchelastic_launched():
+        # torchrun ends all processes as soon as one ends with an error: it must not while others are at work.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        everywhere = torch.tensor(failed)
+        dist.all_reduce(everywhere)
+        dist.destroy_process_group()
+        failed = int(everywhere)
+    return failed
 
 
 def add_models(parser: argparse.ArgumentParser, flow: str, depth: str) -> None:
@@ -554,7 +656,8 @@ def add_models(parser: argparse.ArgumentParser, flow: str, depth: str) -> None:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m clips.annotate", description=__doc__.split("\n")[0])
     add, source = parser.add_argument, "of it (default %(default)s)"
-    add("videos", nargs="+", metavar="VIDEO", help="files that FFmpeg reads")
+    add("videos", nargs="*", metavar="VIDEO", help="files that FFmpeg reads, or folders of such")
+    add("--list", metavar="FILE", help="more of them, one a line")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", metavar="DIR", help="where the clips go")
     target.add_argument("--export", metavar="DIR", help="only write the frames, for annotators of your own")
@@ -572,9 +675,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     try:
-        run_annotate(arguments)
-    except (ValueError, OSError) as error:
+        failed = run_annotate(arguments)
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
         print(f"clips.annotate: {error}", file=sys.stderr)
+        sys.exit(2)
+    if failed:
         sys.exit(2)
 
 

@@ -1,7 +1,10 @@
 """clips/annotate.py: videos to clips. Each formula against an independent statement of it."""
 
 import math
+import os
+import re
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +18,12 @@ from PIL import Image
 from clips import Clip, ClipDataset, annotate
 from clips.annotate import Pictures
 
+ROOT = Path(__file__).parent.parent
 
-def command(*words) -> None:
-    """What `python -m clips.annotate WORDS` does, but for the printing of errors."""
-    annotate.run_annotate(annotate.parse_arguments([str(word) for word in words]))
+
+def command(*words) -> int:
+    """What `python -m clips.annotate WORDS` does, but for the printing of errors: how many videos failed."""
+    return annotate.run_annotate(annotate.parse_arguments([str(word) for word in words]))
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -506,7 +511,15 @@ def user_folders(tmp_path):
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Without .videos, which annotate.py keeps for itself."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".videos")
+
+
+def failure(capsys) -> str:
+    """The one line on stderr, beside progress bars."""
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if line.strip() and not re.match(r"\S+: \d+frame \[", line))
+    return line
 
 
 def test_annotate_writes_clips_between_cuts_and_resumes(user_folders, capsys):
@@ -540,31 +553,169 @@ def test_annotate_with_nothing_but_flow(user_folders):
     assert annotators.items() <= clip.meta["annotators"].items()
 
 
-def test_a_bad_file_of_a_folder_stops_with_its_name_and_leaves_whole_clips(user_folders):
-    np.save(user_folders.root / "ids" / "v" / "000005.npy", np.zeros((12, 17), np.uint8))
-    with pytest.raises(ValueError, match=r"v, frames from 4 on: .*000005\.npy: is 17x12, the frames are 18x12"):
-        command(*user_folders.words)
+def test_a_bad_file_of_a_folder_ends_the_video_with_its_name_and_leaves_whole_clips(user_folders, capsys):
+    right = user_folders.root / "ids" / "v" / "000005.npy"
+    content = right.read_bytes()
+    np.save(right, np.zeros((12, 17), np.uint8))
+    assert command(*user_folders.words) == 1
+    line = r"clips\.annotate: v, frames from 4 on: .*000005\.npy: is 17x12, the frames are 18x12"
+    assert re.fullmatch(line, failure(capsys))
     assert names_in(user_folders.out) == ["v_000000.safetensors"]
     Clip.load(user_folders.out / "v_000000.safetensors")
+    right.write_bytes(content)
+    assert command(*user_folders.words) == 0
+    assert "3 clips written, 1 were there" in capsys.readouterr().out
+
+
+def test_a_video_that_is_done_is_not_read_again(user_folders, capsys, monkeypatch):
+    command(*user_folders.words)
+    with monkeypatch.context() as during:
+        during.setattr(annotate, "read_video", None)
+        assert command(*user_folders.words) == 0
+    assert capsys.readouterr().out.endswith("v.mp4: skipped, its 4 clips were there\n")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_clips_of_other_settings_are_not_mixed(user_folders, capsys, half):
+    """Neither where the video is done nor where it is half done."""
+    if half:
+        np.save(user_folders.root / "ids" / "v" / "000005.npy", np.zeros((12, 17), np.uint8))
+    command(*user_folders.words)
+    before, out = names_in(user_folders.out), user_folders.out
+    capsys.readouterr()
+    for words, told in ((("--frames", 3), "frames = 4, now frames = 3"), (("--fov", 60), "fov = 50.0, now fov = 60.0")):
+        assert command(*user_folders.words, *words) == 1
+        line = f"clips.annotate: {user_folders.words[0]}: its clips in {out} were made with {told}: take another --out"
+        assert failure(capsys) == line
+    assert names_in(out) == before
+    for name in before:
+        (out / name).unlink()
+    command(*user_folders.words, "--frames", 3, "--segmentation", "none")
+    assert "v_000003.safetensors" in names_in(out)
+
+
+def test_a_damaged_record_is_named(user_folders, capsys):
+    command(*user_folders.words)
+    record = user_folders.out / ".videos" / "v.json"
+    record.write_text("{}")
+    capsys.readouterr()
+    assert command(*user_folders.words) == 1
+    assert failure(capsys) == f"clips.annotate: {record}: 'settings'; delete it, it will be made again"
+    record.unlink()
+    assert command(*user_folders.words) == 0 and "0 clips written, 4 were there" in capsys.readouterr().out
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Five videos of one clip each, b of them damaged, in a folder with a file that is no video."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number, name in enumerate("abcde"):
+        write_video(folder / f"{name}.mp4", gray_levels([20 + 10 * number] * 4), 10)
+    (folder / "b.mp4").write_bytes(b"no video" * 99)
+    (folder / "notes.txt").write_text("mine")
+    plain = ("--segmentation", "none", "--depth", "none", "--camera", "none", "--flow", tmp_path / "flow")
+    for name in "abcde":
+        (tmp_path / "flow" / name).mkdir(parents=True)
+        for number in range(4):
+            np.save(tmp_path / "flow" / name / f"{number:06d}.npy", np.zeros((2, 12, 18), np.float32))
+    sizes = ("--size", "18x12", "--fps", 10, "--frames", 4, "--out", tmp_path / "out")
+    return SimpleNamespace(folder=folder, out=tmp_path / "out", words=[*plain, *sizes])
+
+
+def clips_of(names: str) -> list[str]:
+    return [f"{name}_000000.safetensors" for name in names]
+
+
+def test_one_damaged_video_is_a_line_and_the_others_are_done(many, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["clips.annotate", *map(str, [many.folder, *many.words])])
+    with pytest.raises(SystemExit) as stopped:
+        annotate.main()
+    assert stopped.value.code == 2
+    assert failure(capsys).startswith(f"clips.annotate: {many.folder}/b.mp4: not a video")
+    assert names_in(many.out) == clips_of("acde")
+
+
+def test_videos_of_folders_and_lists(many, tmp_path):
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"{many.folder}/notes.txt\n\n{many.folder}\n")
+    names = [str(many.folder / f"{name}.mp4") for name in "abcde"]
+    assert annotate.videos_of(["x.mp4"], str(listing)) == ["x.mp4", f"{many.folder}/notes.txt", *names]
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        (("--list", tmp_path / "gone"), "gone"),
+        ((tmp_path / "empty",), f"{tmp_path}/empty: no videos \\(.avi, .*\\) here"),
+        ((), "no videos: name some, or --list FILE"),
+        ((tmp_path / "gone.mp4",), "gone.mp4: no such file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            command(*words, *many.words)
+    assert not many.out.exists()
+
+
+def test_processes_share_the_videos_without_a_group(many, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert command(many.folder, *many.words) == 0 and names_in(many.out) == clips_of("ace")
+    monkeypatch.setenv("RANK", "1")
+    assert command(many.folder, *many.words) == 1 and names_in(many.out) == clips_of("acde")
+
+
+def test_each_process_has_its_gpu_or_a_part_of_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [annotate.device()]
+    for place in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(place))
+        found.append(annotate.device())
+    assert found == ["cuda:0", "cuda:0", "cuda:1", "cuda:0"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert annotate.device() == "cpu"
+
+
+def test_torchrun_does_not_end_a_process_at_work_when_another_has_failed(many, tmp_path):
+    """The second process has the damaged video and soon nothing more to do; the first is slow."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import os, time\nfrom clips import annotate\nfast = annotate.annotate_video\n"
+        "def slow(*told):\n    time.sleep(1.5 * (os.environ['RANK'] == '0'))\n    return fast(*told)\n"
+        "annotate.annotate_video = slow\nannotate.main()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [str(word) for word in (*launch, many.folder, *many.words)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
+    assert done.returncode and "3 of 3 videos done" in done.stdout and "1 of 2 videos done" in done.stdout
+    assert done.stderr.count("clips.annotate: ") == 1 and names_in(many.out) == clips_of("acde")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--frames", 10], r"v\.mp4: no shot of its 19 frames \(--fps 10\) has 10"),
         (["--frames", 1], "--frames 1: expected 2 at least"),
         (["--size", "18"], "--size 18: expected WIDTHxHEIGHT"),
         (["--size", "18x4"], "--size 18x4: expected WIDTHxHEIGHT, 8 pixels at least"),
         (["--fps", 0], "--fps 0.0: expected 1 at least"),
         (["--fps", "nan"], "--fps nan: expected 1 at least"),
         (["--fov", 180], "--fov 180: expected degrees below 180"),
-        (["--fps", 30], r"v\.mp4: has 10 frames a second, --fps 30 asks for more"),
         (["--depth", "nowhere"], "--depth nowhere: expected depth-anything, none or a folder"),
     ],
 )
 def test_annotate_refuses(user_folders, words, message):
     with pytest.raises(ValueError, match=message):
         command(*user_folders.words, *words)
+    assert not user_folders.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--frames", 10], "no shot of its 19 frames (--fps 10) has 10"),
+        (["--fps", 30], "has 10 frames a second, --fps 30 asks for more"),
+    ],
+)
+def test_a_video_that_does_not_fit_the_options_is_a_line(user_folders, capsys, words, message):
+    assert command(*user_folders.words, *words) == 1
+    assert failure(capsys) == f"clips.annotate: {user_folders.words[0]}: {message}"
     assert not user_folders.out.exists()
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 from clips import ClipDataset
@@ -18,11 +19,13 @@ from svd import encode_video
 from training import cache
 from training.batch import show_marked
 from training.cache import CachedClips, TrainingClips, encode_clips
+from training.processes import Machine
 
 SIZES = {"vae_factor": 2, "frames": 4, "height": 16, "width": 24}
 ONE, TWO, SINGLE = (replace(config, **SIZES) for config in (STAGE1, STAGE2, ONE_STAGE))
 DRAFT = SmallStageConfig(**(asdict(TWO) | {"draft": True}))
 FULL = torch.autocast("cpu", enabled=False)
+ALONE = Machine(0, 1, "cpu", FULL)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def made(folder, config, vae, tower, frames=None, **told):
-    clips = CachedClips(ClipDataset(folder, frames), config, vae, tower)
-    return clips.encode(tiny_stage(config), vae, tower, FULL, **told)
+def made(folder, config, vae, tower, machine=ALONE, workers=0):
+    clips = CachedClips(ClipDataset(folder), config, vae, tower)
+    clips.encode(tiny_stage(config), vae, tower, machine, workers)
+    return clips
 
 
 def files(folder, clip="0"):
@@ -203,23 +207,68 @@ def test_what_is_missing_or_damaged_is_made_again(folder, vae, tower):
         clips[(2, 0)]
 
 
-def test_processes_share_the_work_and_clips_are_encoded_in_chunks(monkeypatch, folder, vae, tower):
-    monkeypatch.setattr(cache, "ENCODED_TOGETHER", 2)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    encoded, encode = [], cache.encode_clips
-    monkeypatch.setattr(cache, "encode_clips", lambda *told: encoded.append(told[0]["index"].tolist()) or encode(*told))
-    made(folder, ONE, vae, tower, rank=1, world_size=2)
-    assert encoded == [[1]] and files(folder, "0") == set() and files(folder, "1") == STAGE_I
+@pytest.fixture
+def encoded(monkeypatch):
+    """Indices of the clips of every batch that is encoded."""
+    batches, encode = [], cache.encode_clips
+    monkeypatch.setattr(cache, "encode_clips", lambda *told: batches.append(told[0]["index"].tolist()) or encode(*told))
+    return batches
+
+
+def test_processes_share_what_is_missing(monkeypatch, folder, vae, tower, encoded):
+    """Not the clips: of six, three are there, and each of two processes makes one or two of the others."""
+    for seed in range(3, 6):
+        moving_squares(seed).save(folder / f"{seed}.safetensors")
     made(folder, ONE, vae, tower)
-    assert encoded == [[1], [0, 2]]
+    for clip in (0, 2, 4):  # all are of the first process if the clips are shared
+        for path in (folder / ".cache").glob(f"*/{clip}.*"):
+            path.unlink()
+    encoded.clear()
+    clips = CachedClips(ClipDataset(folder), ONE, vae, tower)
+    pair, waited = [replace(ALONE, rank=rank, world_size=2) for rank in (0, 1)], []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: waited.append(len(encoded)))
+    shares = [{i: told for i in range(rank, 6, 2) if (told := clips.lacking(i))[1]} for rank in (0, 1)]
+    assert [list(share) for share in shares] == [[0, 2, 4], []]
+
+    def gather(found, mine):
+        assert mine == shares[len(waited)]  # each looks at its own clips
+        found[:] = shares
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert [clips.encode(tiny_stage(ONE), vae, tower, machine) for machine in pair] == [3, 3]
+    assert encoded == [[0, 4], [2]] and waited == [1, 2]
+    assert clips.encode(tiny_stage(ONE), vae, tower, ALONE) == 0 and len(times(folder)) == 6 * len(STAGE_I)
+
+
+def test_large_clips_are_encoded_one_by_one(monkeypatch, folder, vae, tower, encoded):
+    monkeypatch.setattr(cache, "ENCODED_TOGETHER", 2)
+    made(folder, ONE, vae, tower)
+    assert encoded == [[0, 1], [2]]
+    encoded.clear()
+    monkeypatch.setattr(cache, "PIXELS_TOGETHER", 4 * 16 * 24 - 1)
+    made(folder, TWO, vae, tower, workers=1)
+    assert encoded == [[0], [1], [2]]
+
+
+def test_a_disk_that_is_full_ends_it_with_the_name_of_the_file(monkeypatch, folder, vae, tower):
+    def full(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        if path.name.startswith("1.depth"):
+            path.write_bytes(path.read_bytes()[:9])
+            raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(OSError, match=r"/1\.depth\.safetensors: no space left on device$"):
+        made(folder, ONE, vae, tower)
+    assert not list(folder.rglob("*.partial"))
+    assert files(folder, "0") == STAGE_I and "depth" not in files(folder, "1")
 
 
 def test_latents_are_encoded_under_autocast(folder, vae, tower):
     exact = made(folder, ONE, vae, tower)[(0, 0)]
     for path in times(folder):
         path.unlink()
-    clips = CachedClips(ClipDataset(folder), ONE, vae, tower)
-    rough = clips.encode(tiny_stage(ONE), vae, tower, torch.autocast("cpu", torch.bfloat16))[(0, 0)]
+    rough = made(folder, ONE, vae, tower, replace(ALONE, autocast=torch.autocast("cpu", torch.bfloat16)))[(0, 0)]
     difference = (rough["latents.flow"] - exact["latents.flow"]).abs()
     assert 1e-4 < difference.max() < 0.1 * exact["latents.flow"].abs().max()
     assert np.isfinite(difference.numpy()).all()

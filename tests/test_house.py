@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HEIGHTS = {  # of a module or package; it imports what is as high or lower
-    "train": 4, "sample": 4, "evaluate": 4,
+    "train": 4, "sample": 4, "evaluate": 4, "clips.encode": 4,  # a script: a room of its own, above its package
     "show": 3, "training": 3,
     "motion_dreamer": 2,
     "svd": 1, "clips": 1, "inputs": 1, "metrics": 1,
@@ -37,7 +37,7 @@ def tracked(*outside):
 
 
 def room(name):
-    return name.split(".")[0]
+    return name if name in HEIGHTS else name.split(".")[0]
 
 
 def imported(name, tree, modules):
@@ -137,6 +137,24 @@ def test_an_arrow_upwards_is_found(made):
     told = {"sample": "import show, os", "show": "from inputs.photo import fit", "inputs__photo": "import sample.x"}
     assert upward(graph_of(made(**told))) == ["inputs.photo -> sample"]
     assert upward(graph_of(made(**told | {"inputs__photo": "import svd", "svd": ""}))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "found"),
+    [
+        ("clips__encode", "from training.cache import x", []),  # a script above its package
+        ("clips__check", "from training.cache import x", ["clips.check -> training", "clips.check -> training.cache"]),
+        ("clips__check", "from clips.encode import x", ["clips.check -> clips.encode"]),
+        ("training__cache", "import clips.encode", ["training.cache -> clips.encode"]),
+        ("svd", "def f():\n    from clips import encode", ["svd -> clips.encode"]),
+    ],
+)
+def test_a_script_in_a_package_may_look_down_on_it_and_nothing_of_it_up(made, name, line, found):
+    told = {"clips__encode": "", "clips__check": "", "training__cache": "", name: line}
+    assert upward(graph_of(made(**told))) == found
+    modules = made(**told)
+    modules["clips"] = ast.parse("from clips.encode import encode")
+    assert "clips -> clips.encode" in upward(graph_of(modules))
 
 
 @pytest.mark.parametrize(

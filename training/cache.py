@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,9 +25,11 @@ from clips import CODEC_VERSION, ClipDataset
 from instance_flow import marked_objects
 from motion_dreamer import MotionDreamer, StageConfig
 from svd import VAE, ImageEncoder
+from training.processes import Machine
 
 OF_OBJECTS = ("segmentation", "draft")  # modalities that show objects: their latents have a second variant, "marked"
-ENCODED_TOGETHER = 16  # clips
+ENCODED_TOGETHER, PIXELS_TOGETHER = 16, 1 << 23  # clips, or fewer large ones: 32 bytes a pixel, in every worker twice
+FILES_AT_ONCE = 4  # threads that read or write files while the encoders compute
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -102,41 +105,68 @@ class CachedClips(TrainingClips):
                 self.names[f"latents.{name}{variant}"] = f"{name}{variant}" + ("" if every_frame else ".first")
 
     def encode(
-        self,
-        stage: MotionDreamer,
-        vae: VAE,
-        image_encoder: ImageEncoder,
-        autocast: torch.autocast,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-    ) -> CachedClips:
-        """Makes what is missing, ENCODED_TOGETHER clips at a time, in half precision; waits for the other processes."""
+        self, stage: MotionDreamer, vae: VAE, image_encoder: ImageEncoder, machine: Machine, workers: int = 0
+    ) -> int:
+        """Makes what is missing, in half precision, each process its share of that; waits for the other processes.
+
+        -> how many clips lacked something. Of `stage`, only `encode` is called: its weights may lie on the meta device.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing, content = {}, {}  # by the index of a clip: names of what it lacks; digest of its file
-        for i in range(rank, len(self), world_size):
-            content[i] = hashlib.blake2b(Path(self.clips.paths[i]).read_bytes(), digest_size=16).hexdigest()
-            if lacking := [name for name in self.names if content_of(self.file(i, name)) != content[i]]:
-                missing[i] = lacking
-        modalities = {name.split(".")[1] for lacking in missing.values() for name in lacking if name != "token"}
-        order, device = [(i, 0) for i in missing], next(vae.parameters()).device
+        missing = self.missing(machine)
+        share = list(missing)[machine.rank :: machine.world_size]
+        modalities = {name.split(".")[1] for i in share for name in missing[i][1] if name != "token"}
+        pixels = self.clips.frames * self.clips.height * self.clips.width
         loader = torch.utils.data.DataLoader(
-            TrainingClips(self.clips), ENCODED_TOGETHER, sampler=order, num_workers=workers if missing else 0
+            TrainingClips(self.clips),
+            max(1, min(ENCODED_TOGETHER, PIXELS_TOGETHER // pixels)),
+            sampler=[(i, 0) for i in share],
+            num_workers=workers if share else 0,
+            pin_memory=machine.on_gpu,
         )
-        for batch in tqdm(loader, "encoding clips", disable=rank > 0 or not missing, leave=False):
-            with autocast:
-                batch = {name: value.to(device) for name, value in batch.items()}
-                found = encode_clips(batch, stage, vae, image_encoder, modalities)
-            found = {name: value.half().cpu() for name, value in found.items()}
-            for row, i in enumerate(batch["index"].tolist()):
-                for name in missing[i]:
-                    file = self.file(i, name)
-                    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-                    save_file({"latents": found[name][row].contiguous()}, partial, {"content": content[i]})
-                    os.replace(partial, file)
-        if world_size > 1:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            writing = []
+            for batch in tqdm(loader, "encoding clips", disable=machine.rank > 0 or not share, leave=False):
+                batch = {name: value.to(machine.device, non_blocking=True) for name, value in batch.items()}
+                with machine.autocast:
+                    found = encode_clips(batch, stage, vae, image_encoder, modalities)
+                found = {name: value.half().cpu() for name, value in found.items()}
+                wait_for(writing)  # of the batch before: two at most are in memory
+                rows = enumerate(batch["index"].tolist())
+                writing = [pool.submit(self.write, i, *missing[i], found, row) for row, i in rows]
+            wait_for(writing)
+        if machine.world_size > 1:
             dist.barrier()
-        return self
+        return len(missing)
+
+    def missing(self, machine: Machine) -> dict[int, tuple[str, list[str]]]:
+        """By the index of each clip that lacks something: the digest of its file, the names of what it lacks.
+
+        Each process looks at its share of the clips; all are told of all."""
+        share = range(machine.rank, len(self), machine.world_size)
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            found = {i: told for i, told in zip(share, pool.map(self.lacking, share), strict=True) if told[1]}
+        if machine.world_size > 1:
+            shares = [{}] * machine.world_size
+            dist.all_gather_object(shares, found)
+            found = {i: told for share in shares for i, told in share.items()}
+        return dict(sorted(found.items()))
+
+    def lacking(self, index: int) -> tuple[str, list[str]]:
+        """The digest of a clip's file, and the names of what the cache lacks of it."""
+        content = hashlib.blake2b(Path(self.clips.paths[index]).read_bytes(), digest_size=16).hexdigest()
+        return content, [name for name in self.names if content_of(self.file(index, name)) != content]
+
+    def write(self, index: int, content: str, names: list[str], latents: dict[str, Tensor], row: int) -> None:
+        """What a clip lacks, from its row of a batch; each file whole or not at all. Raises OSError with its path."""
+        for name in names:
+            file = self.file(index, name)
+            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+            try:
+                save_file({"latents": latents[name][row].contiguous()}, partial, {"content": content})
+                os.replace(partial, file)
+            except (SafetensorError, OSError) as error:
+                partial.unlink(missing_ok=True)
+                raise OSError(f"{file}: {error}") from None
 
     def file(self, index: int, name: str) -> Path:
         return self.folder / f"{self.clips.paths[index].stem}.{self.names[name]}.safetensors"
@@ -152,6 +182,12 @@ class CachedClips(TrainingClips):
             except (SafetensorError, OSError, KeyError) as error:
                 raise ValueError(f"{file}: {error}; delete it, it will be made again") from None
         return clip
+
+
+def wait_for(jobs: Sequence[Future]) -> None:
+    """Raises what a job has raised."""
+    for job in jobs:
+        job.result()
 
 
 def content_of(file: Path) -> str | None:
