@@ -14,34 +14,33 @@ steps since the last save.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import metrics
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import ABLATIONS, stage_class
-from svd import VAE, without_effect
 from training.cache import CachedClips, TrainingClips
-from training.checkpoint import load_checkpoint, save_checkpoint, seed_of, trim_log
-from training.compiled import compile_forward
+from training.checkpoint import seed_of
 from training.held import free_memory, held_batches, hold
+from training.learner import Learner, freeze, make_learner, resume, save, wrap
+from training.log import Log
 from training.plan import parts_without_weights, table
 from training.presets import PRESETS
 from training.processes import (
     Machine,
     StopSignal,
+    check_shared,
+    from_all,
     leave_process_group,
     mean_over_processes,
     peak_memory,
@@ -49,7 +48,6 @@ from training.processes import (
 )
 from training.samples import reproduce, sample_figures, write_samples
 from training.task import Task, stage_config, stage_task, vae_task
-from training.vae import measure_scale
 
 # What training takes that the command line does not say: (of a small model, of SVD's weights, that is with --init).
 # Weights that were learned once move slowly. The warm-up is five memories of AdamW's second moment (beta 0.99: 100
@@ -68,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     begin = what.add_mutually_exclusive_group()
     begin.add_argument("--init", metavar="REPO_OR_DIR", help="SVD's weights; without it, start from nothing")
     begin.add_argument("--start", metavar="DIR", help="begin with the stage that this model folder holds")
+    parts = "temporal: what looks at several frames, and what is added to SVD; added: that alone"
+    what.add_argument("--train", choices=("all", "temporal", "added"), default="all", help=f"{parts}; the rest stays")
     what.add_argument("--preset", choices=list(PRESETS), default="demo", help="size of a model from nothing")
     what.add_argument("--decoder-only", action="store_true", help="of the VAE: its latents stay as they are")
     where = parser.add_argument_group("data and output")
@@ -93,11 +93,14 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
     how.add_argument("--precision", choices=("fp32", "bf16"), help="None: bf16 on a GPU, fp32 on a CPU")
     how.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    how.add_argument(
+        "--shard", action="store_true", help="of several processes, each keeps a part of weights and state"
+    )
     how.add_argument("--compile", action="store_true", help="compile the denoiser: a minute or more, then faster steps")
     how.add_argument("--workers", type=int, default=0, help="processes that read clips")
     log = parser.add_argument_group("log and checkpoints")
     log.add_argument("--save-every", type=int, default=500, help="steps")
-    log.add_argument("--keep", type=int, default=2, help="newest checkpoints that stay: 16 bytes a parameter each")
+    log.add_argument("--keep", type=int, default=2, help="newest checkpoints that stay: 16 bytes a parameter")
     log.add_argument("--val-every", type=int, default=500, help="steps")
     log.add_argument("--val-samples", type=int, default=4, help="validation clips that are sampled and measured")
     log.add_argument("--sample-every", type=int, default=2000, help="steps; pictures of one clip; 0 = never")
@@ -113,80 +116,19 @@ def with_recipe(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
-# ------------------------------------------------------------------------------------------------ what is being learned
-
-
-@dataclass
-class Learner:
-    """The network in training, its moving average and its optimiser."""
-
-    core: nn.Module  # what is saved
-    model: nn.Module  # `core` with the loss as its forward, compiled and for several processes where that was asked for
-    ema: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    skipped: int = 0  # steps without a finite gradient
-    failures: int = 0  # of these, the last ones in a row
-
-
-def make_learner(arguments: argparse.Namespace, task: Task) -> Learner:
-    """AdamW is given all parameters, so that checkpoints fit; of those without a gradient it keeps nothing."""
-    for value in without_effect(task.core):
-        value.requires_grad_(False)
-    ema = copy.deepcopy(task.core).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        task.core.parameters(), arguments.lr, betas=(0.9, 0.99), weight_decay=arguments.weight_decay, fused=True
-    )
-    return Learner(task.core, task.network(task.core), ema, optimizer)
-
-
-def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, folder: Path) -> dict:
-    """Goes on from the newest whole checkpoint, if there is one -> the settings that make a run what it is; all others
-    may change on the way."""
-    names = ("stage", "ablation", "set", "init", "start", "preset", "frames", "batch", "accumulate", "seed")
-    settings = {name: getattr(arguments, name) for name in names} | {"processes": machine.world_size}
-    state, damaged = load_checkpoint(folder, settings)
-    if state:
-        learner.core.load_state_dict(state["model"])
-        learner.ema.load_state_dict(state["ema"])
-        learner.optimizer.load_state_dict(state["optimizer"])
-        learner.step, learner.skipped = state["step"], state["skipped"]
-    if arguments.stage == "vae" and arguments.decoder_only:  # what encodes from now on is the moving average
-        if not (state or arguments.start):
-            raise ValueError(f"{folder}: --decoder-only, but no VAE to go on with; --start names another folder")
-        if state:
-            learner.ema.scaling_factor = VAE.from_pretrained(arguments.out, "vae").scaling_factor
-        for part in ("encoder", "quant_conv"):
-            getattr(learner.core, part).load_state_dict(getattr(learner.ema, part).state_dict())
-            getattr(learner.core, part).requires_grad_(False)
-    if machine.rank == 0:
-        trim_log(folder / "log.jsonl", learner.step)
-        for line in damaged:
-            print(f"train.py: {line}; going on from the one before", file=sys.stderr)
-        print(f"{folder}: " + (f"going on at step {learner.step}" if state else "starting"))
-    return settings
-
-
-def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> None:
-    """Compiles the model and shares its gradients between processes, where that was asked for."""
-    if arguments.compile:
-        parts = (learner.core.encoder, learner.core.decoder) if arguments.stage == "vae" else (learner.core.unet,)
-        for part in parts:
-            compile_forward(part, graphs=machine.on_gpu)
-    if machine.world_size > 1:
-        devices = [machine.device] if machine.on_gpu else None
-        learner.model = DistributedDataParallel(learner.model, device_ids=devices)
+# ------------------------------------------------------------------------------------------------------------ one step
 
 
 def batches_from(
-    arguments: argparse.Namespace, machine: Machine, clips: torch.utils.data.Dataset, step: int
+    arguments: argparse.Namespace, machine: Machine, clips: torch.utils.data.Dataset, seen: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches without an end, from `step` on, in an order that is a function of (seed, rank, step).
+    """Batches without an end, in an order that is a function of the seed; all processes together have seen `seen`
+    clips of it.
 
     On a GPU, clips with cached latents move there once the first step has shown what a step takes of memory, if half of
     what is left holds them all: reading files would take longer than a step of a small model.
     """
-    start = step * arguments.accumulate * arguments.batch
+    start = seen // machine.world_size
     order = ResumableSampler(len(clips), arguments.seed, machine.rank, machine.world_size, start)
     loader = torch.utils.data.DataLoader(
         clips,
@@ -221,8 +163,7 @@ def take_step(
     # Lines 2 to 6: conditions, masked instance flow, prediction, loss; its gradient, as a mean over all batches.
     for micro in range(arguments.accumulate):
         generator = torch.Generator().manual_seed(seed_of(arguments.seed, machine.rank, learner.step, micro))
-        if machine.world_size > 1:  # gradients are exchanged once, with the last batch
-            learner.model.require_backward_grad_sync = micro == arguments.accumulate - 1
+        learner.exchange_gradients(micro == arguments.accumulate - 1)  # once, with the last batch
         with machine.autocast:
             losses = task.losses(learner.model, next(batches), generator)
         (losses["loss"].mean() / arguments.accumulate).backward()
@@ -231,25 +172,22 @@ def take_step(
     record = mean_over_processes(machine, sums)
 
     # Line 7: the update, unless the gradient is not finite. Its norm is that of all processes: they skip together.
-    norm = nn.utils.clip_grad_norm_(learner.core.parameters(), arguments.clip_grad).item()
+    norm = learner.clip_gradients(arguments.clip_grad)
     if math.isfinite(norm):
         learner.optimizer.step()
-        update_ema(learner.ema, learner.core, min(arguments.ema, (1 + learner.step) / (10 + learner.step)))
+        learner.average.update(min(arguments.ema, (1 + learner.step) / (10 + learner.step)))
         learner.failures = 0
     else:
         learner.skipped, learner.failures = learner.skipped + 1, learner.failures + 1
         if learner.failures == 50:
             raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
     learner.optimizer.zero_grad(set_to_none=True)
-    learner.step += 1
+    learner.step, learner.clips = learner.step + 1, learner.clips + clips_a_step(arguments, machine)
     return record | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    pairs = zip(ema.parameters(), model.parameters(), strict=True)
-    averages, values = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
-    torch._foreach_lerp_(averages, values, 1 - decay)
+def clips_a_step(arguments: argparse.Namespace, machine: Machine) -> int:
+    return arguments.batch * arguments.accumulate * machine.world_size
 
 
 def learning_rate(arguments: argparse.Namespace, step: int) -> float:
@@ -258,47 +196,42 @@ def learning_rate(arguments: argparse.Namespace, step: int) -> float:
     return arguments.lr * min(1, (step + 1) / max(1, arguments.warmup), left)
 
 
-# -------------------------------------------------------------------------------------------- looking at it, keeping it
+# -------------------------------------------------------------------------------------------------------- looking at it
 
 
 @torch.no_grad()
 def validate(
-    arguments: argparse.Namespace, machine: Machine, task: Task, ema: nn.Module, clips: torch.utils.data.Dataset
+    arguments: argparse.Namespace, machine: Machine, task: Task, average: nn.Module, clips: torch.utils.data.Dataset
 ) -> dict[str, float]:
     """Of the moving average: losses of up to 64 validation clips with the same draws every time, and figures of what it
-    makes of the first --val-samples."""
-    network, sums, count = task.network(ema), {}, min(64, len(clips))
-    for i in range(count):
+    makes of the first --val-samples. The processes share the clips; the result does not depend on how many they are."""
+    network, losses, rows = task.network(average), {}, {}
+    for i in range(machine.rank, min(64, len(clips)), machine.world_size):
         batch = torch.utils.data.default_collate([clips[(i, 0)]])
         batch = {name: value.to(machine.device) for name, value in batch.items()}
         with machine.autocast:
-            losses = task.losses(network, batch, torch.Generator().manual_seed(i))
-        for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + value.mean().item()
-    found = {f"val_{key}": value / count for key, value in sums.items()}
+            found = task.losses(network, batch, torch.Generator().manual_seed(i))
+        losses[i] = {f"val_{key}": value.mean().item() for key, value in found.items()}
     whole = clips.clips if isinstance(clips, TrainingClips) else clips
-    samples = [whole[(i, 0)] for i in range(min(arguments.val_samples, len(whole)))]
-    rows = [sample_figures(sampled(task, ema, clip), clip) for clip in samples]
+    for i in range(machine.rank, min(arguments.val_samples, len(whole)), machine.world_size):
+        clip = whole[(i, 0)]
+        rows[i] = sample_figures(sampled(task, average, clip), clip)
+    losses, rows = in_order(losses), in_order(rows)
+    means = {key: sum(found[key] for found in losses) / len(losses) for key in losses[0]}
     figures = {f"val_{key}": figure["value"] for key, figure in metrics.summarise(rows).items()} if rows else {}
-    return found | {key: value for key, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
+    return means | {key: value for key, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
 
 
-def sampled(task: Task, ema: nn.Module, clip: metrics.Maps) -> metrics.Maps:
+def in_order(found: dict[int, dict]) -> list[dict]:
+    """What each process has found of some clips, by their numbers -> that of all clips."""
+    everything = {i: value for part in from_all(found) for i, value in part.items()}
+    return [everything[i] for i in sorted(everything)]
+
+
+def sampled(task: Task, average: nn.Module, clip: metrics.Maps) -> metrics.Maps:
     """What the moving average makes of a clip, on the CPU."""
-    made = reproduce(ema, ema if task.name == "vae" else task.vae, task.image_encoder, clip)
+    made = reproduce(average, average if task.name == "vae" else task.vae, task.image_encoder, clip)
     return {name: value.cpu() for name, value in made.items()}
-
-
-def save(arguments: argparse.Namespace, task: Task, learner: Learner, settings: dict, dataset: ClipDataset) -> None:
-    """A checkpoint to go on from, and the moving average in the model folder."""
-    out = Path(arguments.out)
-    state = {"model": learner.core.state_dict(), "ema": learner.ema.state_dict()}
-    state |= {"optimizer": learner.optimizer.state_dict(), "settings": settings}
-    state |= {"step": learner.step, "skipped": learner.skipped}
-    save_checkpoint(out / "training" / task.name, learner.step, state, arguments.keep)
-    if task.name == "vae" and not arguments.decoder_only:
-        learner.ema.scaling_factor = measure_scale(learner.ema, dataset)
-    learner.ema.save_pretrained(out / task.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -312,54 +245,63 @@ def dry_run(arguments: argparse.Namespace) -> None:
     config = stage_config(arguments, clips, vae, started)
     with torch.device("meta"):
         core = stage_class(config)(config, unet)
-    for value in without_effect(core):
-        value.requires_grad_(False)
+    freeze(core, arguments.train)
     print(table(core, (vae, image_encoder), arguments))
+
+
+def check_flags(arguments: argparse.Namespace, machine: Machine) -> None:
+    """Raises ValueError for flags that do not fit together."""
+    if arguments.stage == "vae" and (arguments.shard or arguments.train != "all"):
+        raise ValueError("--shard and --train: of --stage 1, 2 and one, not of the VAE")
+    if arguments.shard and machine.world_size == 1:
+        raise ValueError("--shard: one process has nobody to share with; torchrun starts several")
+    if arguments.decoder_only and arguments.stage != "vae":
+        raise ValueError(f"--decoder-only: of --stage vae, not of {arguments.stage}")
 
 
 def train(arguments: argparse.Namespace) -> None:
     # Set up: this process, the clips, what is trained, and where a former run of the same command ended.
     machine, out = start_process(arguments.seed, arguments.precision), Path(arguments.out)
+    check_flags(arguments, machine)
     dataset = ClipDataset(arguments.data, arguments.frames)
     validation = ClipDataset(arguments.val, dataset.frames) if arguments.val else None
+    check_shared(out)
     task = vae_task(arguments, machine) if arguments.stage == "vae" else stage_task(arguments, machine, dataset)
     folder = out / "training" / task.name
-    learner = make_learner(arguments, task)
+    learner = make_learner(arguments, machine, task)
     settings = resume(arguments, machine, learner, folder)
     wrap(arguments, machine, learner)
 
     # What the frozen encoders make of the clips is computed once, before the first step.
     clips = task.readable(dataset, arguments, machine)
     validation_clips = task.readable(validation, arguments, machine) if validation else None
-    batches = batches_from(arguments, machine, clips, learner.step)
+    batches = batches_from(arguments, machine, clips, learner.clips)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.jsonl", "a", buffering=1) if machine.rank == 0 else None  # noqa: SIM115 (open to the end)
     hidden = machine.rank > 0 or arguments.quiet
     bar = tqdm(total=arguments.steps, initial=learner.step, desc=task.name, disable=hidden)
-    with StopSignal(machine) as stop:
-        # Algorithm 1. Process 0 also measures, writes the log and saves.
+    with StopSignal(machine) as stop, Log(folder, learner.step) if machine.rank == 0 else nullcontext() as log:
+        # Algorithm 1. The processes measure and save together; process 0 writes the log and the pictures.
         while learner.step < arguments.steps and not stop.came():
             started = time.perf_counter()
             record = take_step(arguments, machine, task, learner, batches)
-            step = learner.step
+            step, last = learner.step, learner.step == arguments.steps
+            if validation and (step % arguments.val_every == 0 or last):
+                record |= validate(arguments, machine, task, learner.average.model(), validation_clips)
             if log:
-                record = {"step": step} | record
-                if validation and (step % arguments.val_every == 0 or step == arguments.steps):
-                    record |= validate(arguments, machine, task, learner.ema, validation_clips)
                 record |= {"seconds": time.perf_counter() - started, "memory": peak_memory(machine.on_gpu)}
-                log.write(json.dumps(record) + "\n")
+                log.write({"step": step} | record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}")
                 bar.update()
-                if step % arguments.save_every == 0:
-                    save(arguments, task, learner, settings, dataset)
-                if arguments.sample_every and step % arguments.sample_every == 0:
+            if step % arguments.save_every == 0 and not last:
+                save(arguments, machine, task, learner, settings, dataset)
+            if arguments.sample_every and step % arguments.sample_every == 0:
+                average = learner.average.model(wanted=machine.rank == 0)
+                if average:
                     clip = (validation or dataset)[(0, 0)]
-                    write_samples(folder / "samples" / f"step_{step:08d}.png", sampled(task, learner.ema, clip), clip)
+                    write_samples(folder / "samples" / f"step_{step:08d}.png", sampled(task, average, clip), clip)
 
-    # The last steps are saved too, whether the run is complete or was told to stop.
-    if machine.rank == 0 and learner.step % arguments.save_every:
-        save(arguments, task, learner, settings, dataset)
+    # What was learned is saved, whether the run is complete or was told to stop.
+    save(arguments, machine, task, learner, settings, dataset)
     bar.close()
     if machine.world_size > 1:
         dist.destroy_process_group()

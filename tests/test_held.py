@@ -12,6 +12,7 @@ from clips import ClipDataset
 from motion_dreamer import STAGE1, SmallStageConfig
 from training import held
 from training.cache import CachedClips
+from training.processes import Machine
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,8 @@ def clips(tmp_path_factory):
     vae, tower = tiny_vae(), tiny_tower()
     stage = tiny_stage(SmallStageConfig(**vars(STAGE1) | {"vae_factor": 2, "frames": 4}))
     cached = CachedClips(ClipDataset(folder), stage.config, vae, tower)
-    return cached.encode(stage, vae, tower, torch.autocast("cpu", enabled=False))
+    cached.encode(stage, vae, tower, Machine(0, 1, "cpu", torch.autocast("cpu", enabled=False)))
+    return cached
 
 
 def size(clips):

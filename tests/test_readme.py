@@ -89,7 +89,7 @@ def help_of(*words):
     return told.stdout
 
 
-CLIPS = [f"-m clips.{name}" for name in ("simulate", "check", "annotate", "physion")]
+CLIPS = [f"-m clips.{name}" for name in ("simulate", "check", "annotate", "physion", "encode")]
 
 
 def commands_of(text, script):

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# How long a process waits for another one. The longest wait is for the latents of clips, before the first step: one has
+# its share, another must encode it. (That a process has ended is not found out by waiting: torchrun sees it.)
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass
@@ -38,8 +50,8 @@ def start_process(seed: int, precision: str | None) -> Machine:
             raise ValueError(f"{here} processes, but {torch.cuda.device_count()} GPU(s): each needs one of its own")
         torch.cuda.set_device(device)
     if world_size > 1:
-        patience = timedelta(hours=2)  # the others wait while process 0 measures and saves
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience)
+        # What is exchanged lies on GPUs, but for a few words about checkpoints and figures, which need none.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     bf16 = (precision or ("bf16" if gpu else "fp32")) == "bf16"
     torch.manual_seed(seed)
     return Machine(rank, world_size, device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16))
@@ -68,6 +80,67 @@ class StopSignal:
         if self.machine.world_size > 1:
             dist.all_reduce(told)
         return told.item() > 0
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Which of how many processes this one is."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_rows(value: Tensor) -> tuple[int, Tensor]:
+    """The rows [n, ...] of a tensor [N, ...] that this process keeps where each keeps a part, as a view, and the number
+    of the first. Parts are those of `torch.chunk`, as FSDP2 has them; the last ones may be empty."""
+    (rank, count), value = rank_and_count(), value.detach()
+    if value.ndim == 0:
+        return 0, value
+    length = math.ceil(len(value) / count)
+    start = min(rank * length, len(value))
+    return start, value.to_local() if isinstance(value, DTensor) else value[start : start + length]
+
+
+def from_all(value: Any) -> list[Any]:  # noqa: ANN401
+    """What each process gives, by rank. All must call it."""
+    values = [value] * rank_and_count()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """If this fails in one process, all end: the first in which it does raises its OSError or ValueError, so that there
+    is one line, and the others end without a word. All must come here."""
+    error = None
+    try:
+        yield
+    except (OSError, ValueError) as failed:
+        error = failed
+    failed = [rank for rank, it_did in enumerate(from_all(error is not None)) if it_did]
+    if failed and failed[0] == rank_and_count()[0]:
+        raise error
+    if failed:
+        raise SystemExit(2)
+
+
+def check_shared(out: Path, seconds: float = 10) -> None:
+    """Raises ValueError where a process does not find in `out` what process 0 has just written there: on several
+    machines without a shared file system, each would begin anew. A slow one may take some seconds to show it."""
+    rank, count = rank_and_count()
+    if count == 1:
+        return
+    token, end = out / f".seen-by-all-{from_all(uuid.uuid4().hex)[0]}", time.monotonic() + seconds
+    with together():
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            token.touch()
+    while not (found := token.exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [rank for rank, it_found in enumerate(from_all(found)) if not it_found]
+    with together():
+        if rank == 0:
+            token.unlink()
+        if blind:
+            raise ValueError(f"--out {out}: process {blind[0]} of {count} does not see there what process 0 writes")
 
 
 def mean_over_processes(machine: Machine, values: dict[str, Tensor]) -> dict[str, float]:

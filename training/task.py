@@ -54,8 +54,8 @@ class StageTask:
         if arguments.no_cache or not clips.whole:
             return TrainingClips(clips)
         cached = CachedClips(clips, self.core.config, self.vae, self.image_encoder)
-        told = (self.core, self.vae, self.image_encoder, machine.autocast, machine.rank, machine.world_size)
-        return cached.encode(*told, workers=arguments.workers)
+        cached.encode(self.core, self.vae, self.image_encoder, machine, arguments.workers)
+        return cached
 
     def losses(self, network: nn.Module, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         if "token" not in clips:
@@ -94,19 +94,21 @@ def vae_task(arguments: argparse.Namespace, machine: Machine) -> VAETask:
 def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDataset) -> StageTask:
     """A stage from SVD's weights (--init), from a model folder (--start) or from nothing, and its frozen encoders."""
     name, source = "stage1" if arguments.stage == "1" else "stage2", None
-    full = {"dtype": torch.float32, "device": machine.device}  # weights on disk are often half precision
+    place = "cpu" if arguments.shard else machine.device  # a GPU need not hold what is to be shared
     vae, image_encoder = frozen_encoders(arguments, machine)
     if arguments.start:
-        source = MotionDreamer.from_pretrained(arguments.start, name, **full)
+        source = MotionDreamer.from_pretrained(
+            arguments.start, name, torch.float32, place
+        )  # on disk often half precision
     config = stage_config(arguments, dataset, vae, source.config if source else None)
     if dataset.width % config.vae_factor or dataset.height % config.vae_factor:
         size = f"{dataset.width}x{dataset.height}"
         raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {config.vae_factor}")
     if arguments.init:
-        core = stage_class(config).from_svd(arguments.init, config, machine.device)
+        core = stage_class(config).from_svd(arguments.init, config, place)
     else:
         unet = source.unet.config if source else PRESETS[arguments.preset][name]
-        core = stage_class(config)(config, unet).to(machine.device)
+        core = stage_class(config)(config, unet).to(place)
     if source:
         copy_weights(core, source, arguments.start)
     token, context = image_encoder.config.projection_dim, core.unet.config.cross_attention_dim
