@@ -1,121 +1,168 @@
-"""The budgets, side by side in one run: `python tests/bench.py [--threads 2]`. No test: times depend on the machine.
+"""The budgets, side by side in one run. No test: times depend on the machine.
 
-Needs diffusers (`pip install diffusers`) for the UNet rows. Times are medians of alternating runs; peak memory is what
-a process of its own holds beyond its start. With a GPU, the splatting and UNet rows are repeated there, the UNet's with
-SVD itself in bfloat16; `--device cuda` prints these alone.
+    python tests/bench.py                            # the CPU's rows, then the GPU's where there is one
+    python tests/bench.py --device cuda              # the GPU's alone, at SVD's size: under four minutes on an H200
+    python tests/bench.py --compiled                 # what torch.compile makes of them: minutes of compilation
+    python tests/bench.py --device cuda --rows splat,train
+
+Needs diffusers and transformers for what is compared with them; a row without says so. Times are medians, of
+alternating runs where two are compared in one process; those of a GPU are between two of its events. Peak memory is
+that of a process of its own. A row that fails is one line, and the others go on. Random weights are written once to a
+temporary folder (GPU rows: 11 GB).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from splat import corners, softsplat  # noqa: E402
-from svd import UNet, UNetConfig  # noqa: E402
+from tiny import moving_squares  # noqa: E402
 
-WIDTHS = {"cpu": (64, 128, 256, 256), "cuda": (320, 640, 1280, 1280)}  # a small UNet; SVD's
-LATENTS, FRAMES = (40, 72), 14  # 320x576
+import sample  # noqa: E402
+from motion_dreamer import STAGE1, STAGE2, MotionDreamer, dream  # noqa: E402
+from splat import softsplat  # noqa: E402
+from svd import VAE, ImageEncoder, ImageEncoderConfig, UNet, UNetConfig, VAEConfig, image_to_video  # noqa: E402
+
+SMALL_UNET = UNetConfig(block_out_channels=(64, 128, 256, 256), num_attention_heads=(1, 2, 4, 4))  # of the CPU rows
+GB = 1e9
 
 
-def clock(function: Callable, device: str) -> float:
+@dataclass(frozen=True)
+class Sizes:
+    """What the GPU rows compute with; heights come before widths."""
+
+    device: str = "cuda"
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    tower: ImageEncoderConfig = ImageEncoderConfig()
+    frames: int = 14
+    splat: tuple[int, int, int] = (320, 72, 128)  # channels, height, width
+    small: tuple[int, int] = (320, 576)
+    large: tuple[int, int] = (576, 1024)
+    trained: tuple[int, int] = (320, 512)
+    batch: int = 64  # of the demo's training
+    steps: tuple[int, int] = (6, 25)  # of training: full size, demo
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.vae.block_out_channels) - 1)
+
+
+# For --try: the same lines on a machine without a GPU.
+TINY = Sizes(
+    device="cpu",
+    unet=UNetConfig(
+        block_out_channels=(32, 64), layers_per_block=1, attention=(True, False), num_attention_heads=(1, 2),
+        cross_attention_dim=32, addition_time_embed_dim=16,
+    ),
+    vae=VAEConfig(block_out_channels=(32, 32), layers_per_block=1),
+    tower=ImageEncoderConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=112,
+        projection_dim=32,
+    ),
+    frames=3, splat=(8, 9, 16), small=(16, 24), large=(24, 32), trained=(16, 24), batch=2, steps=(3, 3),
+)  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """What every row is given."""
+
+    size: Sizes
+    work: Path  # random weights, clips, runs
+    threads: int
+    rounds: int
+    limit: float  # seconds that one measurement may take
+    trying: bool = False
+
+    def measure(self, name: str, *words: str) -> dict[str, float]:
+        """What a function of MEASURED finds, in a process of its own. Raises RuntimeError: its last line of stderr."""
+        told = [sys.executable, __file__, "--measure", name, *words, "--work", str(self.work)]
+        told += ["--threads", str(self.threads), "--rounds", str(self.rounds)] + ["--try"] * self.trying
+        process = subprocess.Popen(
+            told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            printed, errors = process.communicate(timeout=self.limit)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"did not end in {self.limit:.0f} s") from None
+        finally:
+            end(process)
+        if process.returncode:
+            raise RuntimeError((errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+        return json.loads(printed.splitlines()[-1])
+
+    def folder(self, name: str) -> Path:
+        """Random weights: "svd" as it is published, "dreamer" with both stages of Motion Dreamer; made at first use."""
+        if not (self.work / name).exists():
+            self.measure(f"make {name}")
+        return self.work / name
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process and what it started (the compiler's workers, too)."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def row(what: str, ours: float, against: float | None, unit: str, budget: str) -> None:
+    other, ratio = (f"{against:.4g} {unit}", f"{ours / against:.2f}") if against else ("-", "-")
+    print(f"| {what} | {ours:.4g} {unit} | {other} | {ratio} | {budget} |", flush=True)
+
+
+# -------------------------------------------------------------------------------------------- clocks and memory
+
+
+def clock(function: Callable) -> float:
     started = time.perf_counter()
     function()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def alternate(functions: dict[str, Callable], device: str, rounds: int) -> dict[str, float]:
+def gpu_clock(function: Callable, repeats: int = 3, ahead: bool = False) -> float:
+    """Seconds of one call, by the GPU's events around several. `ahead`: the GPU first waits until all are launched, so
+    that it is its own work that counts, not the CPU that launches it."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    if ahead:
+        torch.cuda._sleep(100_000_000)  # cycles: about 50 ms
+    start.record()
+    for _ in range(repeats):
+        function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3 / repeats
+
+
+def alternate(functions: dict[str, Callable], rounds: int, seconds: Callable[[Callable], float]) -> dict[str, float]:
     """Median seconds of each, after one round of warming up."""
     times = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
-            seconds = clock(function, device)
+            taken = seconds(function)
             if i:
-                times[name].append(seconds)
+                times[name].append(taken)
     return {name: median(values) for name, values in times.items()}
-
-
-def row(what: str, ours: float, against: float, unit: str, budget: str) -> None:
-    print(f"| {what} | {ours:.4g} {unit} | {against:.4g} {unit} | {ours / against:.2f} | {budget} |", flush=True)
-
-
-def bench_splat(device: str) -> None:
-    """320x72x128 features of one clip, warped to 14 frames."""
-    torch.manual_seed(0)
-    B, C, H, W = 14, 320, 72, 128
-    x, metric = torch.randn(1, C, H, W, device=device), torch.randn(1, 1, H, W, device=device)
-    flow = torch.nn.functional.interpolate(torch.randn(B, 2, 9, 16, device=device) * 10, (H, W), mode="bilinear")
-    out, flat = torch.empty(B, C, H * W, device=device), x.expand(B, -1, -1, -1).reshape(B, C, -1).contiguous()
-    index = corners(flow, None, "average")[0].clamp(max=H * W - 1)  # [B, 4, H W]
-
-    def scatter() -> None:
-        out.zero_()
-        for k in range(4):
-            out.scatter_add_(2, index[:, k, None].expand(B, C, -1), flat)
-
-    times = alternate({"ours": lambda: softsplat(x, flow, metric), "scatter": scatter, "copy": out.clone}, device, 5)
-    if device == "cpu":
-        row("softsplat / four scatter_add_", 1e3 * times["ours"], 1e3 * times["scatter"], "ms", "0.2")
-        row("softsplat / one copy", 1e3 * times["ours"], 1e3 * times["copy"], "ms", "2.5")
-    else:
-        row("softsplat on the GPU / reading and writing its bytes", 1e3 * times["ours"], 1e3 * times["copy"], "ms", "2")
-
-
-def unets(device: str) -> dict[str, Callable]:
-    """The same weights in diffusers' UNet and ours, as functions of nothing."""
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    torch.manual_seed(0)
-    like = {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
-    size = {"block_out_channels": WIDTHS[device], "num_attention_heads": tuple(c // 64 for c in WIDTHS[device])}
-    with torch.device(device):
-        theirs, ours = UNetSpatioTemporalConditionModel(**size).to(**like), UNet(UNetConfig(**size)).to(**like)
-    ours.load_state_dict(theirs.state_dict())
-    x, c = torch.randn(1, FRAMES, 8, *LATENTS).to(**like), torch.full((1,), 0.3, device=device)
-    context, ids = torch.randn(1, 1, 1024).to(**like), torch.tensor([[6, 127, 0.02]], device=device)
-
-    def forward(model: torch.nn.Module) -> Callable:
-        @torch.no_grad()
-        def run() -> None:
-            model(x, c, context, ids)
-
-        return run
-
-    def train(model: torch.nn.Module) -> Callable:
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            out = model(x, c, context, ids)
-            (out if isinstance(out, torch.Tensor) else out.sample).square().mean().backward()
-
-        return run
-
-    models = {"diffusers": theirs, "ours": ours}
-    return {f"{name} {what.__name__}": what(model) for name, model in models.items() for what in (forward, train)}
-
-
-def bench_unet(device: str, rounds: int) -> None:
-    functions = unets(device)
-    for what, budget in (("forward", "0.85"), ("train", "0.9")):
-        pair = {name: functions[f"{name} {what}"] for name in ("diffusers", "ours")}
-        times = alternate(pair, device, rounds)
-        row(f"UNet {what} on {device}, time / diffusers", times["ours"], times["diffusers"], "s", budget)
-        if device == "cuda":
-            held = {name: peak_on_gpu(function) for name, function in pair.items()}
-            row(f"UNet {what} on cuda, peak memory / diffusers", held["ours"], held["diffusers"], "MB", "1.0")
 
 
 def resident() -> int:
@@ -141,63 +188,544 @@ def peak(function: Callable) -> int:
     return most[0]
 
 
-def peak_on_gpu(function: Callable) -> float:
-    """The most MB that `function` takes on the GPU beyond what is there."""
-    start = torch.cuda.memory_allocated()
+def gpu_peak(function: Callable) -> int:
+    """The most bytes that tensors take on the GPU while `function` runs, what is there already among them."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     function()
-    return (torch.cuda.max_memory_allocated() - start) / 1e6
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
-def in_own_process(*arguments: str) -> float:
-    """MB that this file prints when called with `arguments`."""
-    told = [sys.executable, __file__, *arguments, "--threads", str(torch.get_num_threads())]
-    return float(subprocess.run(told, capture_output=True, text=True, check=True).stdout)
+def seconds_and_peak(name: str, function: Callable, repeats: int) -> dict[str, float]:
+    seconds = []
+    memory = gpu_peak(lambda: seconds.append(gpu_clock(function, repeats)))
+    return {name: seconds[0], f"{name} memory": memory}
 
 
-def bench_memory() -> None:
-    for what, budget in (("forward", "1.0"), ("train", "-")):
-        ours, theirs = (in_own_process("--peak", f"{name} {what}") for name in ("ours", "diffusers"))
-        row(f"UNet {what}, peak memory / diffusers", ours, theirs, "MB", budget)
-    with tempfile.TemporaryDirectory() as folder:
-        UNet(
-            UNetConfig(block_out_channels=(128, 256, 512, 512), num_attention_heads=(2, 4, 8, 8))
-        ).half().save_pretrained(folder)
-        size = (Path(folder) / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6
-        row("loading a half-precision UNet, peak memory / file", in_own_process("--load", folder), size, "MB", "1.15")
+def pretend_gpu() -> None:
+    """For --try: the clock and the memory of this process in the place of a GPU's."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, stop: Event) -> float:
+            return 1e3 * (stop.at - self.at)
+
+    torch.cuda.Event = Event
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep", "set_per_process_memory_fraction"):
+        setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(torch.cuda, name, lambda *_: resident())
+    torch.cuda.mem_get_info = lambda *_: (0, 80 * 10**9)
 
 
-def bench_demo(threads: int) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryDirectory() as folder:
-        told = [sys.executable, "sample.py", "--out", str(Path(folder) / "out")]
-        seconds = clock(lambda: subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, check=True), "cpu")
-    row("python sample.py (demo)", seconds, 30, "s", "1")
+# ------------------------------------------------------------------------------------------- what is computed with
 
 
-def main() -> None:
+def splat_inputs(channels: int, h: int, w: int, frames: int, device: str) -> tuple[torch.Tensor, ...]:
+    """Features and metric of one picture, a smooth flow to every frame."""
+    torch.manual_seed(0)
+    x, metric = torch.randn(1, channels, h, w, device=device), torch.randn(1, 1, h, w, device=device)
+    coarse = 10 * torch.randn(frames, 2, h // 8 + 1, w // 8 + 1, device=device)
+    return x, torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear"), metric
+
+
+def unets(config: UNetConfig, dtype: torch.dtype, device: str, frames: int, cells: tuple[int, int]) -> dict:
+    """Ours and, where it is installed, diffusers' UNet of the same weights; and the arguments of both."""
+    torch.manual_seed(0)
+    like = {"device": device, "dtype": dtype}
+    with torch.device(device):
+        models = {"ours": UNet(config).to(**like)}
+        try:
+            from diffusers import UNetSpatioTemporalConditionModel
+
+            models["diffusers"] = UNetSpatioTemporalConditionModel.from_config(config.to_dict()).to(**like)
+            models["diffusers"].load_state_dict(models["ours"].state_dict())
+        except ImportError as error:
+            print(f"diffusers does not import: {error}", file=sys.stderr)
+    x, c_noise = torch.randn(1, frames, 8, *cells).to(**like), torch.full((1,), 0.3, device=device)
+    context = torch.randn(1, 1, config.cross_attention_dim).to(**like)
+    given = (x, c_noise, context, torch.tensor([[6, 127, 0.02]], device=device))
+    return {name: (model, given) for name, model in models.items()}
+
+
+@torch.no_grad()
+def forward(model: torch.nn.Module, given: tuple) -> None:
+    model(*given)
+
+
+def train(model: torch.nn.Module, given: tuple) -> None:
+    model.zero_grad(set_to_none=True)
+    out = model(*given)
+    (out if isinstance(out, torch.Tensor) else out.sample).square().mean().backward()
+
+
+def calls(models: dict, step: Callable) -> dict[str, Callable]:
+    return {name: (lambda told=told: step(*told)) for name, told in models.items()}
+
+
+def make_svd(bench: Bench) -> dict:
+    """Random weights in the layout of the published folder, in half precision."""
+    size, folder = bench.size, bench.work / "svd"
+    torch.manual_seed(0)
+    with torch.device(size.device):
+        parts = {"unet": UNet(size.unet), "vae": VAE(size.vae), "image_encoder": ImageEncoder(size.tower)}
+    for name, part in parts.items():
+        part.half().save_pretrained(folder / name)
+        file = folder / name / f"{part.STEM}.safetensors"
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    return {}
+
+
+def make_dreamer(bench: Bench) -> dict:
+    """Both stages as they begin, from the random SVD, in half precision."""
+    size, svd, folder = bench.size, bench.folder("svd"), bench.work / "dreamer"
+    shape = {"frames": size.frames, "height": size.large[0], "width": size.large[1], "vae_factor": size.factor}
+    for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
+        stage = MotionDreamer.from_svd(svd, replace(config, **shape), size.device)
+        stage.half().save_pretrained(folder / name)
+    for part in ("vae", "image_encoder"):
+        (folder / part).symlink_to(svd / part)
+    return {}
+
+
+def make_clips(folder: Path, count: int, frames: int, height: int, width: int) -> Path:
+    for seed in range(0 if folder.exists() else count):
+        folder.mkdir(exist_ok=True)
+        moving_squares(seed, frames, height, width).save(folder / f"{seed}.safetensors")
+    return folder
+
+
+def load_as_sample(bench: Bench, *words: str) -> sample.Models:
+    """What sample.py would load."""
+    sys.argv = ["sample.py", "image.png", *words, "--device", bench.size.device]
+    arguments = sample.parse_arguments()
+    sample.choose_device(arguments)
+    return sample.load_models(arguments)
+
+
+# ------------------------------------------------------------------------- measurements, each in a process of its own
+
+
+def splat_on_gpu(bench: Bench) -> dict[str, float]:
+    size = bench.size
+    given = splat_inputs(*size.splat, size.frames, size.device)
+    learned = [value.clone().requires_grad_() for value in given]
+    out = softsplat(*given)
+    gradient = torch.randn_like(out)
+    functions = {
+        "copy": out.clone,
+        "forward": lambda: softsplat(*given),
+        "recorded": lambda: softsplat(*learned),
+        "both": lambda: torch.autograd.grad(softsplat(*learned), learned, gradient),
+    }
+    found = alternate(functions, bench.rounds, lambda function: gpu_clock(function, 10, ahead=True))
+    return found | {"called": alternate({"forward": functions["forward"]}, bench.rounds, gpu_clock)["forward"]}
+
+
+def unet_on_gpu(bench: Bench, place: str, *steps: str) -> dict[str, float]:
+    """Seconds and bytes of the steps "forward" and "train", at the size "small" or "large"."""
+    size, found = bench.size, {}
+    cells = tuple(side // size.factor for side in getattr(size, place))
+    models = unets(size.unet, torch.bfloat16, size.device, size.frames, cells)
+    for step in steps:
+        functions = calls(models, {"forward": forward, "train": train}[step])
+        times = alternate(functions, bench.rounds, gpu_clock)
+        for name, function in functions.items():
+            for model, _ in models.values():
+                model.zero_grad(set_to_none=True)
+            weights = torch.cuda.memory_allocated()
+            found |= {f"{name} {step}": times[name], f"{name} {step} memory": gpu_peak(function) - weights}
+    return found
+
+
+def unet_compiled(bench: Bench) -> dict[str, float]:
+    size, found = bench.size, {}
+    cells = tuple(side // size.factor for side in size.small)
+    models = unets(size.unet, torch.bfloat16, size.device, size.frames, cells)
+    models = {name: (torch.compile(model, dynamic=False), given) for name, (model, given) in models.items()}
+    functions = calls(models, forward)
+    for name, function in functions.items():
+        found[f"{name} first"] = gpu_clock(function, 1)
+    return found | alternate(functions, bench.rounds, gpu_clock)
+
+
+def two_ways(run: Callable[[int, int | None], object]) -> dict[str, float]:
+    """Seconds and bytes of run(steps, frames that are decoded at once): two frames at a time, and as many as it likes;
+    after one step of warming up."""
+    found = {}
+    run(1, 2)
+    for name, chunk in (("two", 2), ("free", None)):
+        found |= seconds_and_peak(name, lambda chunk=chunk: run(5, chunk), 2)
+    return found
+
+
+def svd_ours(bench: Bench) -> dict[str, float]:
+    """As `sample.py --svd` loads it: UNet and tower in half precision, the VAE's encoder in single."""
+    folder, started = str(bench.folder("svd")), time.perf_counter()
+    models = load_as_sample(bench, "--svd", folder, "--precision", "fp16")
+    loading = time.perf_counter() - started
+    image = torch.rand(1, 3, *bench.size.large, device=bench.size.device) * 2 - 1
+    networks = models.unet, models.vae, models.tower
+
+    def run(steps: int, chunk: int | None) -> torch.Tensor:
+        settings = {"frames": bench.size.frames, "steps": steps, "guidance": (1.0, 3.0), "decode_chunk": chunk}
+        return image_to_video(*networks, image, generator=torch.Generator().manual_seed(0), **settings)
+
+    return two_ways(run) | {"loading": loading}
+
+
+def svd_diffusers(bench: Bench) -> dict[str, float]:
+    from PIL import Image
+
+    folder, started = bench.folder("svd"), time.perf_counter()
+    pipeline = diffusers_pipeline(folder, bench.size.device)
+    loading = time.perf_counter() - started
+    height, width = bench.size.large
+    pixels = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+    settings = {"height": height, "width": width, "num_frames": bench.size.frames, "output_type": "pt"}
+
+    def run(steps: int, chunk: int | None) -> object:
+        settings["generator"] = torch.Generator().manual_seed(0)
+        told = {"num_inference_steps": steps, "decode_chunk_size": chunk or bench.size.frames}
+        return pipeline(Image.fromarray(pixels), **settings, **told)
+
+    return two_ways(run) | {"loading": loading}
+
+
+def diffusers_pipeline(folder: Path, device: str) -> Callable:
+    """Their pipeline of the weights in a folder, in fp16, with SVD's scheduler and CLIP's mean and deviation."""
+    from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline
+    from diffusers import UNetSpatioTemporalConditionModel as TheirUNet
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0, steps_offset=1, timestep_spacing="leading",
+        timestep_type="continuous",
+    )  # fmt: skip
+    half = {"variant": "fp16", "torch_dtype": torch.float16}
+    pipeline = StableVideoDiffusionPipeline(
+        vae=AutoencoderKLTemporalDecoder.from_pretrained(folder / "vae", **half),
+        image_encoder=CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", **half),
+        unet=TheirUNet.from_pretrained(folder / "unet", **half),
+        scheduler=scheduler,
+        feature_extractor=CLIPImageProcessor(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def dream_on_gpu(bench: Bench, gigabytes: str, *offload: str) -> dict[str, float]:
+    """Both stages, 3 steps each, on a card that holds so much: torch may keep no more, and the VAE's chunks are chosen
+    by what is left of it. Where that is too little, once more without an end ("fits": 0)."""
+    size, limit = bench.size, float(gigabytes) * GB
+    models = load_as_sample(bench, "--model", str(bench.folder("dreamer")), "--precision", "bf16", *offload)
+    (h, w), device = size.large, size.device
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.mem_get_info = lambda *_: (max(0, int(limit) - torch.cuda.memory_reserved()), int(limit))
+    image, F = torch.rand(1, 3, h, w, device=device) * 2 - 1, torch.zeros(1, 2, h, w, device=device)
+    ids, depth = torch.zeros(1, h, w, dtype=torch.long, device=device), torch.full((1, h, w), 5.0, device=device)
+    ids[:, h // 4 : h // 2, w // 4 : w // 2], F[:, 0, h // 4 : h // 2, w // 4 : w // 2] = 1, 4.0
+    told = (*models.stages.values(), models.vae, models.tower, image, ids, depth, F)
+
+    def run() -> None:
+        dream(*told, frames=size.frames, steps=3, generator=torch.Generator().manual_seed(0))
+
+    with suppress(torch.OutOfMemoryError):
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        return seconds_and_peak("dream", run, 1) | {"fits": 1}
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return seconds_and_peak("dream", run, 1) | {"fits": 0}
+
+
+def unet_on_cpu(bench: Bench, name: str, step: str) -> dict[str, float]:
+    model = unets(SMALL_UNET, torch.float32, "cpu", 14, (40, 72))[name]
+    return {"memory": peak(lambda: {"forward": forward, "train": train}[step](*model))}
+
+
+def load_on_cpu(bench: Bench, folder: str) -> dict[str, float]:
+    return {"memory": peak(lambda: UNet.from_pretrained(folder, dtype=torch.float16))}
+
+
+MEASURED = {
+    "make svd": make_svd,
+    "make dreamer": make_dreamer,
+    "splat": splat_on_gpu,
+    "unet": unet_on_gpu,
+    "unet compiled": unet_compiled,
+    "svd ours": svd_ours,
+    "svd diffusers": svd_diffusers,
+    "dream": dream_on_gpu,
+    "unet on cpu": unet_on_cpu,
+    "load on cpu": load_on_cpu,
+}
+
+
+def train_steps(bench: Bench, name: str, steps: int, *words: object) -> list[dict[str, float]]:
+    """The first lines of train.py's log. It is killed then: what it would save takes longer than what is measured."""
+    out = bench.work / name
+    shutil.rmtree(out, ignore_errors=True)
+    log, errors = out / "training" / "stage1" / "log.jsonl", bench.work / f"{name}.txt"
+    told = ["--stage", "1", "--out", out, "--steps", 10000, "--save-every", 10000, "--precision", "bf16", "--quiet"]
+    told = [sys.executable, ROOT / "train.py", *told, "--sample-every", 0, *words]
+    started, lines = time.monotonic(), []
+    with open(errors, "w") as file:
+        process = subprocess.Popen(list(map(str, told)), stdout=file, stderr=file, start_new_session=True)
+    try:
+        while len(lines) < steps:
+            if process.poll() is not None:
+                raise RuntimeError((errors.read_text().strip().splitlines() or ["train.py ended"])[-1])
+            if time.monotonic() - started > bench.limit:
+                raise RuntimeError(f"{len(lines)} of {steps} training steps in {bench.limit:.0f} s")
+            time.sleep(0.05)
+            lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    finally:
+        end(process)
+        shutil.rmtree(out, ignore_errors=True)
+    return [json.loads(line) for line in lines[:steps]]
+
+
+# ---------------------------------------------------------------------------------------------------- rows of a CPU
+
+
+def bench_splat(bench: Bench) -> None:
+    """Features of one picture, warped to all frames: at the finest and at the coarsest scale of SVD's UNet."""
+    for (C, h, w), B, most in (((320, 72, 128), 14, "2.5"), ((1280, 18, 32), 4, "3")):
+        x, flow, metric = splat_inputs(C, h, w, B, "cpu")
+        out, flat = torch.empty(B, C, h * w), x.expand(B, -1, -1, -1).reshape(B, C, -1).contiguous()
+        y, x0 = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        rows, columns = (flow[:, 1] + y).long().clamp(0, h - 2), (flow[:, 0] + x0).long().clamp(0, w - 2)
+        index = (rows * w + columns).flatten(1)[:, None].expand(-1, C, -1)  # the upper left of four corners
+
+        def scatter(out=out, index=index, flat=flat, w=w) -> None:
+            out.zero_()
+            for corner in (0, 1, w, w + 1):
+                out.scatter_add_(2, index + corner, flat)
+
+        functions = {"ours": lambda x=x, f=flow, m=metric: softsplat(x, f, m), "scatter": scatter, "copy": out.clone}
+        times = {name: 1e3 * t for name, t in alternate(functions, bench.rounds, clock).items()}
+        row(f"softsplat {C}x{h}x{w} to {B} frames / four scatter_add_", times["ours"], times["scatter"], "ms", "0.2")
+        row(f"softsplat {C}x{h}x{w} to {B} frames / one copy", times["ours"], times["copy"], "ms", most)
+
+
+def bench_unet(bench: Bench) -> None:
+    models = unets(SMALL_UNET, torch.float32, "cpu", 14, (40, 72))
+    for step, budget in ((forward, "0.85"), (train, "0.9")):
+        times = alternate(calls(models, step), bench.rounds, clock)
+        row(f"UNet {step.__name__}, time / diffusers", times["ours"], times.get("diffusers"), "s", budget)
+
+
+def bench_memory(bench: Bench) -> None:
+    for step, budget in (("forward", "1.0"), ("train", "-")):
+        ours, theirs = (bench.measure("unet on cpu", name, step)["memory"] / 1e6 for name in ("ours", "diffusers"))
+        row(f"UNet {step}, peak memory / diffusers", ours, theirs, "MB", budget)
+
+
+def bench_load(bench: Bench) -> None:
+    folder = bench.work / "half"
+    UNet(UNetConfig(block_out_channels=(128, 256, 512, 512), num_attention_heads=(2, 4, 8, 8))).half().save_pretrained(
+        folder
+    )
+    size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6
+    held = bench.measure("load on cpu", str(folder))["memory"] / 1e6
+    row("loading a half-precision UNet, peak memory / file", held, size, "MB", "1.15")
+
+
+def bench_sample(bench: Bench) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads), "CUDA_VISIBLE_DEVICES": ""}
+    told = [sys.executable, "sample.py", "--out", str(bench.work / "out")]
+    seconds = clock(lambda: subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, check=True))
+    row("python sample.py (demo) on the CPU", seconds, 20, "s", "1")
+
+
+# ---------------------------------------------------------------------------------------------------- rows of a GPU
+
+
+def gpu_splat(bench: Bench) -> None:
+    found = {name: 1e3 * seconds for name, seconds in bench.measure("splat").items()}
+    copy, what = found["copy"], "softsplat {}x{}x{} to {} frames".format(*bench.size.splat, bench.size.frames)
+    row(f"{what}: forward / a copy of the result", found["forward"], copy, "ms", "3")
+    row(f"{what}: forward, one call at a time / the same", found["called"], copy, "ms", "-")
+    row(f"{what}: forward and backward / the same", found["both"], copy, "ms", "9")
+    row(f"{what}: backward (the difference) / the same", found["both"] - found["recorded"], copy, "ms", "6")
+
+
+def unet_rows(bench: Bench, place: str, *steps: str) -> None:
+    found = bench.measure("unet", place, *steps)
+    height, width = getattr(bench.size, place)
+    for step in steps:
+        what = f"UNet {step}, {bench.size.frames} frames of {width}x{height}, bf16"
+        theirs, held = found.get(f"diffusers {step}"), found.get(f"diffusers {step} memory")
+        row(f"{what}: time / diffusers", 1e3 * found[f"ours {step}"], theirs and 1e3 * theirs, "ms", "0.75")
+        row(f"{what}: activations / diffusers", found[f"ours {step} memory"] / GB, held and held / GB, "GB", "-")
+
+
+def gpu_unet(bench: Bench) -> None:
+    unet_rows(bench, "small", "forward", "train")
+
+
+def gpu_unet_large(bench: Bench) -> None:
+    unet_rows(bench, "large", "forward")
+
+
+def gpu_svd(bench: Bench) -> None:
+    """Budgets hold where both decode two frames at a time; by itself, each decodes as many as it likes."""
+    ours, theirs = bench.measure("svd ours"), {}
+    try:
+        theirs = bench.measure("svd diffusers")
+    except RuntimeError as error:
+        print(f"| diffusers' pipeline | skipped: {error} | | | |", flush=True)
+    what = "plain SVD, {} frames of {}x{}, 5 steps".format(bench.size.frames, *bench.size.large[::-1])
+    row(f"{what}: time / diffusers in fp16", ours["two"], theirs.get("two"), "s", "0.85")
+    for way, says, budget in (("two", "2 frames at a time", "0.75"), ("free", "decoded as it likes", "-")):
+        other = theirs.get(f"{way} memory")
+        row(f"{what}, {says}: memory / diffusers", ours[f"{way} memory"] / GB, other and other / GB, "GB", budget)
+    row(f"{what}, decoded as it likes: time / diffusers", ours["free"], theirs.get("free"), "s", "-")
+    row("loading SVD, time / diffusers", ours["loading"], theirs.get("loading"), "s", "-")
+
+
+def gpu_dream(bench: Bench) -> None:
+    size = bench.size
+    what = "Motion Dreamer of SVD's size, {} frames of {}x{}".format(size.frames, *size.large[::-1])
+    for name, limit, words in (("", 12, ()), (", --offload", 8.5, ("--offload",))):
+        found = bench.measure("dream", str(limit), *words)
+        fits = "" if found["fits"] else f" (does not fit a card of {limit} GB)"
+        row(f"{what}{name}: memory / budget{fits}", found["dream memory"] / GB, limit, "GB", "1")
+        row(f"{what}{name}: both stages, 3 steps each, first run", found["dream"], None, "s", "-")
+
+
+def gpu_train(bench: Bench) -> None:
+    """A full-size Stage I, by train.py itself, with its moving average."""
+    size, (height, width) = bench.size, bench.size.trained
+    clips = make_clips(bench.work / "clips", 2, size.frames, height, width)
+    told = ("--init", bench.folder("svd"), "--data", clips, "--batch", 1)
+    for name, words, limit in ((", --checkpointing", ("--checkpointing",), 40), ("", (), None)):
+        what = f"Stage I of SVD's size, {size.frames} frames of {width}x{height}, batch 1{name}"
+        log = train_steps(bench, "full", size.steps[0], *told, *words)
+        row(f"{what}: memory / budget", log[-1]["memory"] / GB, limit, "GB", "1" if limit else "-")
+        row(f"{what}: a step", 1e3 * median(line["seconds"] for line in log[2:]), None, "ms", "-")
+
+
+def demo_steps(bench: Bench, what: str, budget: float | None, *words: str) -> None:
+    size = bench.size
+    clips = make_clips(bench.work / "demo clips", 2 * size.batch, 16, 64, 128)
+    told = ("--start", ROOT / "demo", "--data", clips, "--batch", size.batch)
+    log = train_steps(bench, "demo", size.steps[1], *told, *words)
+    seconds = [1e3 * line["seconds"] for line in log]
+    row(f"{what}: a step of {size.batch} clips", median(seconds[len(seconds) // 2 :]), budget, "ms", "1")
+    row(f"{what}: its first step", seconds[0] / 1e3, None, "s", "-")
+    row(f"{what}: memory", log[-1]["memory"] / GB, None, "GB", "-")
+
+
+def gpu_demo(bench: Bench) -> None:
+    demo_steps(bench, "demo's Stage I, 128x64x16, eager", None)
+
+
+def compiled_demo(bench: Bench) -> None:
+    demo_steps(bench, "demo's Stage I, 128x64x16, --compile", 40, "--compile")
+
+
+def compiled_unet(bench: Bench) -> None:
+    found = bench.measure("unet compiled")
+    what = "UNet forward, {} frames of {}x{}, bf16, compiled".format(bench.size.frames, *bench.size.small[::-1])
+    theirs = found.get("diffusers")
+    row(f"{what}: time / diffusers compiled", 1e3 * found["ours"], theirs and 1e3 * theirs, "ms", "0.9")
+    row(f"{what}: the first call / diffusers'", found["ours first"], found.get("diffusers first"), "s", "-")
+
+
+ROWS = {
+    "cpu": {
+        "splat": bench_splat,
+        "unet": bench_unet,
+        "memory": bench_memory,
+        "load": bench_load,
+        "sample": bench_sample,
+    },
+    "cuda": {
+        "splat": gpu_splat,
+        "unet": gpu_unet,
+        "svd": gpu_svd,
+        "dream": gpu_dream,
+        "demo": gpu_demo,
+        "train": gpu_train,
+        "unet_large": gpu_unet_large,
+    },
+    "compiled": {"demo": compiled_demo, "unet": compiled_unet},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only the rows of one device")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)  # one measurement, in a process of its own
-    parser.add_argument("--load", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--compiled", action="store_true", help="only the rows of torch.compile, on a GPU")
+    parser.add_argument("--rows", help=f"only these, such as {','.join(ROWS['cuda'])}")
+    parser.add_argument("--limit", type=float, help="seconds that one measurement may take (150, compiled 500)")
+    hidden = {"help": argparse.SUPPRESS}
+    parser.add_argument("--try", action="store_true", dest="trying", **hidden)  # GPU rows, tiny, where there is no GPU
+    parser.add_argument("--measure", nargs="+", **hidden)  # one of MEASURED, in a process of its own
+    parser.add_argument("--work", type=Path, **hidden)
+    arguments, rest = parser.parse_known_args()
+    if rest and not arguments.measure:
+        parser.error(f"unknown: {' '.join(rest)}")
+    arguments.measure = [*(arguments.measure or []), *rest]  # its words may be flags
+    return arguments
+
+
+def kinds_of(arguments: argparse.Namespace) -> list[str]:
+    """Which of ROWS are asked for. Raises ValueError: --rows names another."""
+    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    kinds = ["compiled"] if arguments.compiled else [arguments.device] if arguments.device else kinds
+    names = set(arguments.rows.split(",")) if arguments.rows else set()
+    unknown = names - {name for kind in kinds for name in ROWS[kind]}
+    if unknown:
+        raise ValueError(f"--rows {arguments.rows}: {', '.join(kinds)} has no row {', '.join(sorted(unknown))}")
+    return kinds
+
+
+def run_rows(arguments: argparse.Namespace, bench: Bench, kinds: list[str]) -> None:
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {card}{', tiny sizes' * bench.trying}\n")
+    print("| what | ours | against | ratio | at most |\n|---|---|---|---|---|", flush=True)
+    names = arguments.rows.split(",") if arguments.rows else None
+    for kind in kinds:
+        for name, function in ROWS[kind].items():
+            if names is None or name in names:
+                try:
+                    function(bench)
+                except Exception as error:  # whatever it is: the other rows go on
+                    line = (str(error).strip() or repr(error)).splitlines()[0]
+                    print(f"| {name} ({kind}) | failed: {line} | | | |", flush=True)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    if arguments.peak:
-        print(peak(unets("cpu")[arguments.peak]) / 1e6)
-    elif arguments.load:
-        print(peak(lambda: UNet.from_pretrained(arguments.load, dtype=torch.float16)) / 1e6)
-    else:
-        print(f"torch {torch.__version__}, {arguments.threads} threads\n\n| what | ours | against | ratio | at most |")
-        print("|---|---|---|---|---|")
-        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            if arguments.device in (None, device):
-                bench_splat(device)
-                bench_unet(device, arguments.rounds)
-        if arguments.device != "cuda":
-            bench_memory()
-            bench_demo(arguments.threads)
+    limit = arguments.limit or (500 if arguments.compiled else 150)
+    if arguments.trying:
+        pretend_gpu()
+    settings = (arguments.threads, arguments.rounds, limit, arguments.trying)
+    size = TINY if arguments.trying else Sizes()
+    if arguments.measure:
+        name, *words = arguments.measure
+        print(json.dumps(MEASURED[name](Bench(size, arguments.work, *settings), *words)))
+        return
+    try:
+        kinds, started = kinds_of(arguments), time.perf_counter()
+    except ValueError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    with tempfile.TemporaryDirectory() as work:
+        run_rows(arguments, Bench(size, Path(work), *settings), kinds)
+    print(f"\n{time.perf_counter() - started:.0f} seconds in all")
 
 
 if __name__ == "__main__":
