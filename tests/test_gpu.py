@@ -22,6 +22,7 @@ import svd
 import train
 import training.batch
 from clips import Motion
+from metrics import frechet
 from motion_dreamer import STAGE1, STAGE2, dream
 from svd import UNet, decode_video, encode_video, image_to_video
 from tests.make_fixtures import MODELS, fill, inputs
@@ -209,6 +210,7 @@ def test_train_py(monkeypatch, tmp_path, stage):
 def test_evaluate_py(monkeypatch, capsys, tmp_path):
     """All measures of one clip that do not need weights, of the demo model."""
     simulate, evaluate = pytest.importorskip("clips.simulate"), pytest.importorskip("evaluate")
+    monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
     simulate.simulate("dominoes", 2000000, 16, (128, 64)).save(tmp_path / "data" / "0.safetensors")
     told = ["--model", DEMO, "--data", tmp_path / "data", "--clips", 1, "--sampling-steps", 2, "--quiet"]
     run(monkeypatch, evaluate, *told, "--metrics", "physics,fvd,fvmd,demo", "--json", tmp_path / "figures.json")
