@@ -25,7 +25,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bench  # noqa: E402
+import measure  # noqa: E402
 from tiny import moving_squares  # noqa: E402
 
 from motion_dreamer import MotionDreamer  # noqa: E402
@@ -73,14 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small networks: whether this script works")
     tiny = parser.parse_args().tiny
-    size = bench.TINY if tiny else bench.Sizes(device="cpu")
+    size = measure.TINY if tiny else measure.Sizes(device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         free = shutil.disk_usage(work).free / 1e9
         if free < DISK and not tiny:
             sys.exit(f"full_size.py: {work.parent} has {free:.0f} GB free, not {DISK}: TMPDIR names another folder")
         print(f"torch {torch.__version__}, {os.cpu_count()} cores, {FRAMES} frames of {WIDTH}x{HEIGHT}", flush=True)
-        bench.make_svd(bench.Bench(size, work, threads=1, rounds=1, limit=0))
+        measure.make_svd(measure.Bench(size, work, threads=1, rounds=1, limit=0))
         svd, clips, out = work / "svd", work / "clips", work / "model"
         clip = moving_squares(0, FRAMES, HEIGHT, WIDTH)
         clip.save(clips / "0.safetensors")
