@@ -1,11 +1,14 @@
 """The rules of the rooms: imports go down and in no circle, packages keep their insides, functions stay short."""
 
 import ast
+import os
 import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 HEIGHTS = {  # of a module or package; it imports what is as high or lower
@@ -96,6 +99,14 @@ def test_imports_go_down_in_no_circle_and_not_into_other_packages():
     assert {room(name) for name in graph} == HEIGHTS.keys()  # every module has a height
     assert graph["evaluate"] >= {"metrics", "training.tables", "clips.simulate"}  # the last in a function
     assert circle(graph) is None and upward(graph) == [] and inside(graph) == []
+
+
+def test_a_test_without_the_mark_sees_no_gpu():
+    """Nor do the processes that it starts: see conftest.py."""
+    seen = "import torch; print(torch.cuda.is_available(), torch.cuda.device_count())"
+    told = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False", "0"] and not torch.cuda.is_available() and not torch.cuda.device_count()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_few_files_lie_at_the_top():

@@ -112,7 +112,8 @@ def test_every_flag_and_file_that_a_page_names_is_there(page):
     text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     scripts = [*CLIPS, "train.py", "sample.py", "evaluate.py"]
     known = set(re.findall(r"--\w+(?:-\w+)*", " ".join(help_of(*script.split()) for script in scripts)))
-    known |= {"--depth", "--start-method", "--rounds", "--device"}  # of git, torchrun and tests/bench.py
+    known |= {"--depth", "--start-method"}  # of git and torchrun
+    known |= {"--rounds", "--device", "--rows", "--compiled", "--tiny"}  # of tests/bench.py and tests/full_size.py
     for flag in re.findall(r"--[a-z]\w*(?:-\w+)*", text):
         assert flag in known, flag
     for file in re.findall(r"\b(?:clips|inputs|metrics|training|tests|demo|docs|page)/\w+\.\w+\b", text):

@@ -690,6 +690,10 @@ def tiny_depth_anything(folder):
     transformers.DepthAnythingForDepthEstimation(config).save_pretrained(folder)
     size = {"size": {"height": 56, "width": 56}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}
     transformers.DPTImageProcessor(**size).save_pretrained(folder)
+    try:
+        transformers.AutoImageProcessor.from_pretrained(folder)
+    except ImportError:  # of some versions
+        pytest.skip("this transformers reads pictures by torchvision, which is not here")
     return str(folder)
 
 
