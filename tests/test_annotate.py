@@ -310,7 +310,10 @@ def sam2():
         memory_fuser_intermediate_dim=32,
     )  # fmt: skip
     torch.manual_seed(0)
-    return transformers.Sam2VideoModel(config).eval()
+    try:
+        return transformers.Sam2VideoModel(config).eval()
+    except AttributeError as error:  # 5.17 misses a field of its own prompt config
+        pytest.skip(f"this transformers cannot build a small SAM 2: {error}")
 
 
 def two_objects() -> np.ndarray:
@@ -403,6 +406,10 @@ def test_depth_anything_from_a_folder(tmp_path):
     transformers.DepthAnythingForDepthEstimation(config).save_pretrained(tmp_path)
     size = {"height": 28, "width": 42}
     transformers.DPTImageProcessor(size=size, ensure_multiple_of=14).save_pretrained(tmp_path)
+    try:
+        transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    except ImportError:  # of some versions
+        pytest.skip("this transformers reads pictures by torchvision, which is not here")
     rgb = noise(3, 23, 31, 3)
     estimate = annotate.depth_annotator("depth-anything", str(tmp_path))
     depth = estimate(Pictures("v", 0, rgb))
