@@ -16,6 +16,7 @@ from splat import softsplat
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels then run on NumPy
 
+pytestmark = pytest.mark.gpu  # Triton asks for itself whether there is one
 MODES = ["sum", "average", "linear", "softmax"]
 CPU = ["torch", "numba"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
