@@ -8,11 +8,11 @@ Source pixel q lands at q + F(q), between four target pixels p. With b_pq its bi
 
 mode "sum": z = 1 and no division by S;  "average": z = 1;  "linear": z = metric;  "softmax": z = exp(metric).
 
-The work has two steps. `corners` computes where each pixel goes and its normalised weight u_pq / S_p, in plain torch: a
-few single-channel images, differentiated by autograd. The second step, nearly all of the cost, is a sparse matrix times
-every feature plane, linear in both. It exists three times: "torch" (scatter_add, any device), "numba" (CPU) and "cuda"
-(Triton). The last two first list the sources of every target, then *gather*: each output is written once, by one
-thread, without atomics. Splatting 320 planes of 72 x 128 for 14 frames takes 1.1 times a copy of the result (CPU).
+The work has two steps. `corners` computes where each pixel goes and its normalised weight w_pq = u_pq / S_p, in plain
+torch: a few single-channel images, differentiated by autograd. The second step, nearly all of the cost, is a sparse
+matrix times every feature plane, linear in both. "torch" (scatter_add, any device) is the reference; "numba" (CPU) has
+the second step, "cuda" (Triton) both. These first list the sources of every target, then *gather*: each output is
+written once, summed in one order. 320 planes of 72 x 128 for 14 frames take 1.1 times a copy of the result (CPU).
 
 Symbols: B batch, n flow fields per feature map, N = n B, C channels, P = H W pixels, F flow (dx, dy), k corner
 """
@@ -24,8 +24,8 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from math import ceil
 from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -105,34 +105,6 @@ def splat_torch(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     for k in range(4):
         out = out.scatter_add(2, index[:, k, None].expand(N, C, P), x * weight[:, k, None])
     return out[..., :P]
-
-
-class Kernels(NamedTuple):
-    """One backend's product and its two derivatives."""
-
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor]  # x [B,C,P], index [N,4,P] int32, weight [N,4,P] -> [N,C,P]
-    grad_x: Callable[[Tensor, Tensor, Tensor, int], Tensor]  # g [N,C,P], index, weight, B -> [B,C,P]
-    grad_weight: Callable[[Tensor, Tensor, Tensor], Tensor]  # g [N,C,P], x [B,C,P], index -> [N,4,P], 0 outside
-
-
-class Splat(torch.autograd.Function):
-    """The product with a backend's kernels. It is linear in x and in weight: its derivatives are two more products."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, index: Tensor, weight: Tensor, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(x, index, weight)
-        ctx.kernels = kernels
-        return kernels.forward(x, index, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, index, weight = ctx.saved_tensors
-        need_x, _, need_weight, _ = ctx.needs_input_grad
-        g = g.contiguous()
-        grad_x = ctx.kernels.grad_x(g, index, weight, x.shape[0]) if need_x else None
-        grad_weight = ctx.kernels.grad_weight(g, x, index) if need_weight else None
-        return grad_x, None, grad_weight, None
 
 
 # --- Numba: eight planes at a time share the reading of the list --------------------------------------------
@@ -239,8 +211,8 @@ def empty(like: Tensor, *shape: int) -> Tensor:
 
 
 @cache
-def numba_kernels() -> Kernels:
-    """Compile (the machine code is cached on disk: seconds the first time only) and wrap the CPU kernels."""
+def numba_kernels() -> tuple[Callable[..., None], ...]:
+    """The four functions above for tensors, compiled (seconds the first time only: the machine code stays on disk)."""
     global numba
     import numba
 
@@ -262,161 +234,293 @@ def numba_kernels() -> Kernels:
 
         return call
 
-    list_sources, gather = compiled(_list_sources), compiled(_gather)
-    gather_corners, dot_corners = compiled(_gather_corners), compiled(_dot_corners)
+    return tuple(map(compiled, (_list_sources, _gather, _gather_corners, _dot_corners)))
 
-    def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        N, _, P = index.shape
+
+class SplatNumba(torch.autograd.Function):
+    """splat_torch on a CPU. It is linear in x and in weight: its derivatives are two more products."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        index, weight = index.int(), weight.contiguous()
+        ctx.save_for_backward(x, index, weight)
+        (N, _, P), (list_sources, gather, _, _) = index.shape, numba_kernels()
         start, source = index.new_zeros(N, P + 1), index.new_empty(N, 7 * P)  # 4 P corners, lists rounded up by 3
         value, out = x.new_empty(N, 7 * P), empty(x, N, x.shape[1], P)
         list_sources(index, weight, start, source, value)
         gather(x, start, source, value, out)
         return out
 
-    def grad_x(g: Tensor, index: Tensor, weight: Tensor, B: int) -> Tensor:
-        inside = index < index.shape[2]
-        out = empty(g, B, *g.shape[1:])
-        gather_corners(g, index.where(inside, 0), weight.where(inside, 0), out)  # outside: any target, no weight
-        return out
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, index, weight = ctx.saved_tensors
+        _, _, gather_corners, dot_corners = numba_kernels()
+        inside, g, grad_x, grad_weight = index < index.shape[2], g.contiguous(), None, None
+        index = index.where(inside, 0)  # outside: any target, no weight
+        if ctx.needs_input_grad[0]:
+            grad_x = empty(g, *x.shape)
+            gather_corners(g, index, weight.where(inside, 0), grad_x)
+        if ctx.needs_input_grad[2]:
+            grad_weight = g.new_zeros(index.shape)
+            dot_corners(g, x, index, grad_weight)
+            grad_weight = grad_weight.where(inside, 0)
+        return grad_x, None, grad_weight
 
-    def grad_weight(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        inside = index < index.shape[2]
-        out = g.new_zeros(index.shape)
-        dot_corners(g, x, index.where(inside, 0), out)
-        return out.where(inside, 0)
 
-    return Kernels(forward, grad_x, grad_weight)
+# --- Triton: corners are numbered j = 4 q + k; tensors of corners are [N,P,4] -------------------------------
+
+CORNERS = 128  # block size: corners or pixels, where there are no channels. Below: channels, pixels, warps;
+ROWS, GATHER, BACK = (32, 64, 4), (64, 8, 2), (64, 8, 2)  # few pixels, since a block waits for its longest list
 
 
-# --- Triton: a program owns C_ channels x P_ pixels of one output -------------------------------------------
+def _count_gpu(
+    flow: tl.tensor, metric: tl.tensor, index: tl.tensor, share: tl.tensor, start: tl.tensor, place: tl.tensor, H: int,
+    W: int, n: int, J_: tl.constexpr,
+) -> None:  # fmt: skip
+    """corners(): target and share b of every corner. start counts what lands on a target, place numbers it, -1: no."""
+    i, P = tl.program_id(1).to(tl.int64), H * W
+    j = tl.program_id(0) * J_ + tl.arange(0, J_)  # [J_]
+    q, right, below = j // 4, j % 2, j // 2 % 2
+    dx, dy = tl.load(flow + i * 2 * P + q, q < P, 0.0), tl.load(flow + i * 2 * P + P + q, q < P, 0.0)
+    alive = (q < P) & (tl.abs(dx) <= W + 1) & (tl.abs(dy) <= H + 1)  # not NaN; what goes farther is outside
+    if metric is not None:
+        alive &= tl.abs(tl.load(metric + i // n * P + q, q < P, 0.0)) < float("inf")
+    dx, dy = tl.where(alive, dx, 0), tl.where(alive, dy, 0)
+    x0, y0 = tl.floor(dx), tl.floor(dy)
+    b = tl.where(right == 1, dx - x0, 1 - (dx - x0)) * tl.where(below == 1, dy - y0, 1 - (dy - y0))
+    column, row = q % W + x0.to(tl.int32) + right, q // W + y0.to(tl.int32) + below
+    inside = alive & (column >= 0) & (column < W) & (row >= 0) & (row < H)
+    p = tl.where(inside, row * W + column, P)
+    tl.store(index + i * 4 * P + j, p, q < P)
+    tl.store(share + i * 4 * P + j, b, q < P)
+    before = tl.atomic_add(start + i * P + p + 1, 1, inside & (b > 0), sem="relaxed")
+    tl.store(place + i * 4 * P + j, tl.where(inside & (b > 0), before, -1), q < P)
 
 
-def _gather_gpu(
-    x: tl.tensor,
-    start: tl.tensor,
-    source: tl.tensor,
-    value: tl.tensor,
-    out: tl.tensor,
-    C: tl.tensor,
-    P: tl.tensor,
-    n: tl.tensor,
-    C_: tl.constexpr,
-    P_: tl.constexpr,
+def _fill_gpu(
+    index: tl.tensor, start: tl.tensor, place: tl.tensor, source: tl.tensor, P: int, J_: tl.constexpr
 ) -> None:
-    """As _gather, of x [B,P,C]. Grid: blocks of pixels p, blocks of channels, N.
+    """source[start[p] : start[p + 1]] are the corners that land on p, in the order in which they were counted."""
+    i, j = tl.program_id(1).to(tl.int64), tl.program_id(0) * J_ + tl.arange(0, J_)
+    place = tl.load(place + i * 4 * P + j, j < 4 * P, -1)
+    p = tl.load(index + i * 4 * P + j, place >= 0, 0)
+    tl.store(source + tl.load(start + i * P + p, place >= 0, 0) + place, j, place >= 0)
 
-    A block waits for its longest list: it has few pixels, and many channels, side by side in memory.
-    """
+
+def _order_gpu(
+    index: tl.tensor, start: tl.tensor, place: tl.tensor, filled: tl.tensor, source: tl.tensor, P: int, J_: tl.constexpr
+) -> None:
+    """Sort each list, so that sums do not change from run to run: a corner's place is the number of those below it."""
+    i, j = tl.program_id(1).to(tl.int64), tl.program_id(0) * J_ + tl.arange(0, J_)
+    listed = tl.load(place + i * 4 * P + j, j < 4 * P, -1) >= 0
+    p = tl.load(index + i * 4 * P + j, listed, 0)
+    begin, end = tl.load(start + i * P + p, listed, 0), tl.load(start + i * P + p + 1, listed, 0)
+    below = tl.zeros((J_,), tl.int32)
+    for e in range(tl.max(end - begin)):
+        below += (tl.load(filled + begin + e, begin + e < end, j) < j).to(tl.int32)
+    tl.store(source + begin + below, j, listed)
+
+
+def _weigh_gpu(
+    metric: tl.tensor, start: tl.tensor, source: tl.tensor, share: tl.tensor, weight: tl.tensor, top: tl.tensor,
+    S: tl.tensor, P: int, n: int, mode: tl.constexpr, EPS: tl.constexpr, P_: tl.constexpr,
+) -> None:  # fmt: skip
+    """importance() and normalise(), a target at a time: w = u / S of every listed corner; top and S of every target."""
+    i, p = tl.program_id(1).to(tl.int64), tl.program_id(0) * P_ + tl.arange(0, P_)
+    begin, end = tl.load(start + i * P + p, p < P, 0), tl.load(start + i * P + p + 1, p < P, 0)
+    best = tl.full((P_,), float("-inf"), share.dtype.element_ty)
+    if mode == "softmax":
+        for e in range(tl.max(end - begin)):
+            j = tl.load(source + begin + e, begin + e < end, 0)
+            b = tl.load(share + i * 4 * P + j, begin + e < end, 0.0)
+            m = tl.load(metric + i // n * P + j // 4, begin + e < end, 0.0)
+            best = tl.where(b > EPS, tl.maximum(best, m), best)
+    total = tl.zeros((P_,), share.dtype.element_ty)
+    for step in tl.static_range(2):  # first the sum, then what is divided by it
+        for e in range(tl.max(end - begin)):
+            j = tl.load(source + begin + e, begin + e < end, 0)
+            u = tl.load(share + i * 4 * P + j, begin + e < end, 0.0)
+            if metric is not None:
+                m = tl.load(metric + i // n * P + j // 4, begin + e < end, 0.0)
+                u *= tl.exp(tl.minimum(m - best, 0.0)) if mode == "softmax" else m
+            if step == 0:
+                total += u
+            else:
+                tl.store(weight + i * 4 * P + j, u / total, begin + e < end)
+        if step == 0:
+            total = tl.where(total > EPS, total, float("inf")) if mode != "sum" else total * 0 + 1
+    tl.store(top + i * P + p, best, p < P)
+    tl.store(S + i * P + p, total, p < P)
+
+
+def _rows_gpu(x: tl.tensor, rows: tl.tensor, C: int, P: int, C_: tl.constexpr, P_: tl.constexpr) -> None:
+    """x [i,C,P] -> rows [i,P,C]. Grid: pixels, channels, i."""
     i = tl.program_id(2).to(tl.int64)
     p = (tl.program_id(0) * P_ + tl.arange(0, P_))[:, None]  # [P_, 1]
     c = tl.program_id(1) * C_ + tl.arange(0, C_)[None]  # [1, C_]
-    begin = tl.load(start + i * (P + 1) + p, p < P, 0)
-    end = tl.load(start + i * (P + 1) + p + 1, p < P, 0)
-    total = tl.zeros((P_, C_), out.dtype.element_ty)
-    for j in range(tl.max(end - begin)):
-        more = begin + j < end
-        q = tl.load(source + begin + j, more, 0)
-        w = tl.load(value + begin + j, more, 0.0)
-        total += w * tl.load(x + (i // n * P + q) * C + c, more & (c < C), 0.0)
+    inside = (p < P) & (c < C)
+    tl.store(rows + (i * P + p) * C + c, tl.load(x + (i * C + c) * P + p, inside), inside)
+
+
+def _gather_gpu(
+    rows: tl.tensor, start: tl.tensor, source: tl.tensor, weight: tl.tensor, out: tl.tensor, C: int, P: int, n: int,
+    C_: tl.constexpr, P_: tl.constexpr,
+) -> None:  # fmt: skip
+    """out[i,c,p] = sum over the list of p of weight * x[c,q], of x as rows [B,P,C]. Grid: pixels p, channels, N."""
+    i = tl.program_id(2).to(tl.int64)
+    p = (tl.program_id(0) * P_ + tl.arange(0, P_))[:, None]  # [P_, 1]
+    c = tl.program_id(1) * C_ + tl.arange(0, C_)[None]  # [1, C_]
+    begin, end = tl.load(start + i * P + p, p < P, 0), tl.load(start + i * P + p + 1, p < P, 0)
+    rows, weight = rows + i // n * P * C, weight + i * 4 * P  # of this field
+    total = tl.zeros((P_, C_), weight.dtype.element_ty)
+    for e in range(tl.max(end - begin)):
+        more = begin + e < end
+        j = tl.load(source + begin + e, more, 0)
+        w = tl.load(weight + j, more, 0.0)
+        total += w * tl.load(rows + j // 4 * C + c, more & (c < C), 0.0).to(w.dtype)
     tl.store(out + (i * C + c) * P + p, total, (p < P) & (c < C))
 
 
-def _gather_corners_gpu(
-    g: tl.tensor,
-    index: tl.tensor,
-    weight: tl.tensor,
-    out: tl.tensor,
-    C: tl.tensor,
-    P: tl.tensor,
-    n: tl.tensor,
-    C_: tl.constexpr,
-    P_: tl.constexpr,
-) -> None:
-    """As _gather_corners. Grid: blocks of pixels q, blocks of channels, B."""
+def _back_gpu(
+    g_rows: tl.tensor, rows: tl.tensor, index: tl.tensor, weight: tl.tensor, grad_x: tl.tensor, h: tl.tensor, C: int,
+    P: int, n: int, C_: tl.constexpr, P_: tl.constexpr,
+) -> None:  # fmt: skip
+    """dL/dx [B,C,P], and each channel block's part of h = <g_p, x_q> [blocks,N,P,4]. Grid: pixels q, channels, B."""
     b = tl.program_id(2).to(tl.int64)
-    q = tl.program_id(0) * P_ + tl.arange(0, P_)  # [P_]
-    c = (tl.program_id(1) * C_ + tl.arange(0, C_))[:, None]  # [C_, 1]
-    total = tl.zeros((C_, P_), out.dtype.element_ty)
-    for corner in range(n * 4):  # index and weight are [B, n * 4, P]
+    q = (tl.program_id(0) * P_ + tl.arange(0, P_))[:, None]  # [P_, 1]
+    c = tl.program_id(1) * C_ + tl.arange(0, C_)[None]  # [1, C_]
+    h += tl.program_id(1).to(tl.int64) * tl.num_programs(2) * n * P * 4
+    x_q = tl.load(rows + (b * P + q) * C + c, (q < P) & (c < C), 0.0).to(weight.dtype.element_ty)
+    total = tl.zeros((P_, C_), weight.dtype.element_ty)
+    for corner in range(n * 4):
         i = b * n + corner // 4
-        at = (b * n * 4 + corner) * P + q
-        p = tl.load(index + at, q < P, P)
-        w = tl.load(weight + at, p < P, 0.0)
-        total += w * tl.load(g + (i * C + c) * P + p, (p < P) & (c < C), 0.0)
-    tl.store(out + (b * C + c) * P + q, total, (q < P) & (c < C))
+        j = (i * P + q) * 4 + corner % 4
+        p, w = tl.load(index + j, q < P, P), tl.load(weight + j, q < P, 0.0)
+        g_p = tl.load(g_rows + i * P * C + p * C + c, (p < P) & (c < C), 0.0).to(w.dtype)
+        total += w * g_p
+        tl.store(h + j, tl.sum(g_p * x_q, 1, keep_dims=True), q < P)
+    tl.store(grad_x + (b * C + c) * P + q, total, (q < P) & (c < C))
 
 
-def _dot_corners_gpu(
-    g: tl.tensor,
-    x: tl.tensor,
-    index: tl.tensor,
-    out: tl.tensor,
-    C: tl.tensor,
-    P: tl.tensor,
-    n: tl.tensor,
-    C_: tl.constexpr,
-    P_: tl.constexpr,
+def _mean_gpu(
+    start: tl.tensor, source: tl.tensor, weight: tl.tensor, h: tl.tensor, mean: tl.tensor, P: int, P_: tl.constexpr
 ) -> None:
-    """As _dot_corners. Grid: blocks of pixels q, the four corners, N."""
-    i = tl.program_id(2).to(tl.int64)
-    q = tl.program_id(0) * P_ + tl.arange(0, P_)  # [P_]
-    at = (i * 4 + tl.program_id(1)) * P + q
-    p = tl.load(index + at, q < P, P)
-    total = tl.zeros((C_, P_), out.dtype.element_ty)
-    for first in range(0, C, C_):
-        c = (first + tl.arange(0, C_))[:, None]  # [C_, 1]
-        inside = (p < P) & (c < C)
-        total += tl.load(g + (i * C + c) * P + p, inside, 0.0) * tl.load(x + (i // n * C + c) * P + q, inside, 0.0)
-    tl.store(out + at, tl.sum(total, 0), q < P)
+    """mean[p] = sum over the list of p of weight * h."""
+    i, p = tl.program_id(1).to(tl.int64), tl.program_id(0) * P_ + tl.arange(0, P_)
+    begin, end = tl.load(start + i * P + p, p < P, 0), tl.load(start + i * P + p + 1, p < P, 0)
+    total = tl.zeros((P_,), h.dtype.element_ty)
+    for e in range(tl.max(end - begin)):
+        j = i * 4 * P + tl.load(source + begin + e, begin + e < end, 0)
+        total += tl.load(weight + j, begin + e < end, 0.0) * tl.load(h + j, begin + e < end, 0.0)
+    tl.store(mean + i * P + p, total, p < P)
+
+
+def _back_corners_gpu(
+    flow: tl.tensor, metric: tl.tensor, index: tl.tensor, h: tl.tensor, mean: tl.tensor, top: tl.tensor, S: tl.tensor,
+    grad_flow: tl.tensor, grad_metric: tl.tensor, P: int, n: int, mode: tl.constexpr, P_: tl.constexpr,
+) -> None:  # fmt: skip
+    """dL/dF [N,2,P], and of dL/dmetric the part of each field [N,P]."""
+    i, q = tl.program_id(1).to(tl.int64), tl.program_id(0) * P_ + tl.arange(0, P_)
+    dx, dy = tl.load(flow + i * 2 * P + q, q < P, 0.0), tl.load(flow + i * 2 * P + P + q, q < P, 0.0)
+    dx, dy = tl.where(tl.abs(dx) < float("inf"), dx, 0), tl.where(tl.abs(dy) < float("inf"), dy, 0)
+    ax, ay = dx - tl.floor(dx), dy - tl.floor(dy)
+    grad_dx, grad_dy, grad_m = tl.zeros_like(ax), tl.zeros_like(ax), tl.zeros_like(ax)
+    for k in tl.static_range(4):
+        j = (i * P + q) * 4 + k
+        p = tl.load(index + j, q < P, P)
+        slope = tl.load(h + j, p < P, 0.0)  # dL/du
+        if mode != "sum":
+            slope = (slope - tl.load(mean + i * P + p, p < P, 0.0)) / tl.load(S + i * P + p, p < P, 1.0)
+        bx, by = (ax if k % 2 else 1 - ax), (ay if k // 2 else 1 - ay)
+        if metric is not None:
+            m = tl.load(metric + i // n * P + q, p < P, 0.0)
+            if mode == "softmax":
+                best = tl.load(top + i * P + p, p < P, 0.0)
+                slope *= tl.exp(tl.minimum(m - best, 0.0))
+                grad_m += tl.where(m <= best, slope * bx * by, 0)
+            else:
+                grad_m += slope * bx * by
+                slope *= m
+        grad_dx += slope * by * (2 * (k % 2) - 1)
+        grad_dy += slope * bx * (2 * (k // 2) - 1)
+    tl.store(grad_flow + i * 2 * P + q, grad_dx, q < P)
+    tl.store(grad_flow + i * 2 * P + P + q, grad_dy, q < P)
+    tl.store(grad_metric + i * P + q, grad_m, q < P)
 
 
 @cache
-def triton_kernels() -> Kernels:
-    """Wrap the GPU kernels; Triton compiles each at its first launch."""
+def gpu(kernel: Callable) -> Callable:
+    """Triton's kernel of a function above, compiled at its first launch."""
     global tl
     import triton
     from triton import language as tl
 
-    gather, gather_corners, dot_corners = map(triton.jit, (_gather_gpu, _gather_corners_gpu, _dot_corners_gpu))
-    # Blocks of C_ channels x P_ pixels, and their warps, are the best of some twenty on an H100 (sizes as above).
+    return triton.jit(kernel)
 
-    def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        (N, _, P), C, C_, P_ = index.shape, x.shape[1], 64, 8
-        out = x.new_empty(N, C, P)
-        first = torch.arange(0, N * (P + 1), P + 1, dtype=torch.int32, device=x.device).view(N, 1, 1)
-        target = (index.where(weight != 0, P) + first).flatten()  # of all fields, so that one sort does; P is outside
-        target, order = target.sort(stable=True)  # [4 N P]
-        bounds = torch.arange(N * (P + 1), dtype=torch.int32, device=x.device)
-        start = torch.searchsorted(target, bounds, out_int32=True)  # [N (P + 1)]
-        value = weight.flatten()[order]
-        source, rows = (order % P).int(), x.transpose(1, 2).contiguous()  # [4 N P], [B, P, C]
-        grid = (triton.cdiv(P, P_), triton.cdiv(C, C_), N)
+
+def list_gpu(flow: Tensor, metric: Tensor | None, mode: str) -> tuple[Tensor, ...]:
+    """What to gather: index and weight [N,P,4]; start [N P + 1] and source [4 N P], the lists; top and S [N,P]."""
+    (N, _, H, W), P, n = flow.shape, flow[0, 0].numel(), 1 if metric is None else len(flow) // len(metric)
+    corners, targets = (ceil(4 * P / CORNERS), N), (ceil(P / CORNERS), N)
+    start = torch.zeros(N * P + 1, dtype=torch.int32, device=flow.device)
+    (index, source), (place, filled) = start.new_empty(2, N, P, 4), start.new_empty(2, N, P, 4)
+    share, weight, (top, S) = flow.new_empty(N, P, 4), flow.new_zeros(N, P, 4), flow.new_empty(2, N, P)
+    gpu(_count_gpu)[corners](flow, metric, index, share, start, place, H, W, n, CORNERS)
+    start = start.cumsum(0, dtype=torch.int32)
+    gpu(_fill_gpu)[corners](index, start, place, filled, P, CORNERS)
+    gpu(_order_gpu)[corners](index, start, place, filled, source, P, CORNERS)
+    gpu(_weigh_gpu)[targets](metric, start, source, share, weight, top, S, P, n, mode, EPS, CORNERS)
+    return index, weight, start, source, top, S
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[N,C,H,W] -> [N,P,C]: the channels of a pixel side by side, so that gathering reads memory in long pieces."""
+    (N, C, H, W), (C_, P_, warps) = x.shape, ROWS
+    rows = x.new_empty(N, H * W, C)
+    gpu(_rows_gpu)[ceil(H * W / P_), ceil(C / C_), N](x.contiguous(), rows, C, H * W, C_, P_, num_warps=warps)
+    return rows
+
+
+class SplatGPU(torch.autograd.Function):
+    """The whole formula on a GPU. With L the loss, g_p = dL/dW(p) and h_pq = <g_p, C(q)> = dL/dw_pq,
+
+    dL/dC(q) = sum_p w_pq g_p                  dL/du_pq = (h_pq - sum_r w_pr h_pr) / S_p     (mode "sum": h_pq)
+    dL/dF(q) = sum_p dL/du_pq z_q db_pq/dF(q)       dL/dmetric(q) = sum_p dL/du_pq b_pq dz_q/dmetric(q)
+
+    where dz/dmetric is z (softmax: what it subtracts cancels) or 1 (linear). What is outside or in a hole adds nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, flow: Tensor, metric: Tensor | None, mode: str) -> Tensor:
+        (B, C, H, W), N, P, (C_, P_, warps) = x.shape, len(flow), x[0, 0].numel(), GATHER
+        mode = "average" if metric is None and mode == "softmax" else mode
+        flow, metric = flow.contiguous(), None if metric is None else metric.contiguous()
         with torch.cuda.device_of(x):
-            gather[grid](rows, start, source, value, out, C, P, N // x.shape[0], C_, P_, num_warps=2)
+            rows, out = rows_of(x), x.new_empty(N, C, H, W)
+            index, weight, start, source, top, S = list_gpu(flow, metric, mode)
+            grid = (ceil(P / P_), ceil(C / C_), N)
+            gpu(_gather_gpu)[grid](rows, start, source, weight, out, C, P, N // B, C_, P_, num_warps=warps)
+        ctx.save_for_backward(rows, flow, metric, index, weight, start, source, top, S)
+        ctx.mode = mode
         return out
 
-    def grad_x(g: Tensor, index: Tensor, weight: Tensor, B: int) -> Tensor:
-        (N, C, P), C_, P_ = g.shape, 1, 128
-        out = g.new_empty(B, C, P)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+        rows, flow, metric, index, weight, start, source, top, S = ctx.saved_tensors
+        (N, C, H, W), (B, P, _), (C_, P_, warps) = g.shape, rows.shape, BACK
+        (_, need_flow, need_metric, _), n, targets = ctx.needs_input_grad, N // B, (ceil(P / CORNERS), N)
+        grad_x, h = g.new_empty(B, C, H, W), weight.new_empty(ceil(C / C_), N, P, 4)
+        mean, grads = torch.empty_like(S), (torch.empty_like(flow), flow.new_empty(B, n, H, W))
         with torch.cuda.device_of(g):
-            gather_corners[(triton.cdiv(P, P_), triton.cdiv(C, C_), B)](g, index, weight, out, C, P, N // B, C_, P_)
-        return out
-
-    def grad_weight(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        (N, C, P), C_, P_ = g.shape, 1, 256
-        grid, n = (triton.cdiv(P, P_), 4, N), N // x.shape[0]
-        out = g.new_empty(index.shape)
-        with torch.cuda.device_of(g):
-            dot_corners[grid](g, x, index, out, C, P, n, C_, P_, num_warps=2)
-        return out
-
-    return Kernels(forward, grad_x, grad_weight)
-
-
-def splat_fast(x: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """splat_torch by the "numba" or the "cuda" kernels."""
-    kernels = numba_kernels() if backend == "numba" else triton_kernels()
-    return Splat.apply(x, index.int(), weight.contiguous(), kernels)
+            grid = (ceil(P / P_), ceil(C / C_), B)
+            gpu(_back_gpu)[grid](rows_of(g), rows, index, weight, grad_x, h, C, P, n, C_, P_, num_warps=warps)
+            if need_flow or need_metric:
+                h = h.sum(0)
+                gpu(_mean_gpu)[targets](start, source, weight, h, mean, P, CORNERS)
+                gpu(_back_corners_gpu)[targets](flow, metric, index, h, mean, top, S, *grads, P, n, ctx.mode, CORNERS)
+        return grad_x, grads[0], grads[1].sum(1, keepdim=True) if need_metric else None, None
 
 
 # --- The function -------------------------------------------------------------------------------------------
@@ -447,16 +551,17 @@ def softsplat(
     if backend == "auto":
         backend = choose_backend(x.device.type, dtype)
     with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        flow, metric = flow.to(dtype), None if metric is None else metric.to(dtype)
+        fast = SplatGPU.apply if backend == "cuda" else SplatNumba.apply
+        if backend != "torch" and torch.compiler.is_compiling():  # asked first: disable() takes a second to import
+            fast = torch.compiler.disable(fast)
+        if backend == "cuda":
+            return fast(x, flow, metric, mode)
         if metric is not None:
-            metric = metric.to(dtype).repeat_interleave(n, 0)  # [N,1,H,W]
-        index, weight = corners(flow.to(dtype), metric, mode)  # [N,4,P] each
+            metric = metric.repeat_interleave(n, 0)  # [N,1,H,W]
+        index, weight = corners(flow, metric, mode)  # [N,4,P] each
         planes = x.to(dtype).flatten(2).contiguous()  # [B,C,P]
-        if backend == "torch":
-            out = splat_torch(planes, index, weight)
-        elif torch.compiler.is_compiling():  # asked first, because disable() takes a second to import
-            out = torch.compiler.disable(splat_fast)(planes, index, weight, backend)
-        else:
-            out = splat_fast(planes, index, weight, backend)
+        out = splat_torch(planes, index, weight) if backend == "torch" else fast(planes, index, weight)
         return out.view(n * B, C, H, W).to(x.dtype)
 
 

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 MODES = ["sum", "average", "linear", "softmax"]
 CPU = ["torch", "numba"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -289,21 +290,130 @@ def test_numba_leaves_the_number_of_threads_of_torch():
     assert torch.get_num_threads() == 1  # as one_thread said
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gpu_kernels(dtype):
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU they are interpreted
-    for size in [(2, 3, 5, 7, 9), (1, 2, 11, 12, 13), (1, 1, 1, 1, 1)]:
-        x, flow, metric = case(*size, 3.0, "softmax", dtype, device)
-        flow[0, 0, 0, 0] = NAN
-        index, weight = splat.corners(flow, metric.repeat_interleave(size[1], 0), "softmax")
-        x, weight = x.flatten(2).requires_grad_(), weight.detach().requires_grad_()
-        expect = splat.splat_torch(x, index, weight)
-        got = splat.Splat.apply(x, index.int(), weight, splat.triton_kernels())
-        torch.testing.assert_close(got, expect)
-        g = torch.randn_like(got)
-        for a, b in zip(*(torch.autograd.grad(y, (x, weight), g) for y in (got, expect)), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+# --- The GPU's kernels, against the torch backend
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Compares the "cuda" backend with "torch", in the result and all gradients; without a GPU it is interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(splat, "check", lambda *_: None)  # would refuse the CPU
+        for name in ("ROWS", "GATHER", "BACK"):
+            monkeypatch.setattr(splat, name, (16, 32, 1))  # the interpreter likes few large blocks
+
+    def results(x, flow, metric, mode, tolerance=1e-11):
+        found, g = [], torch.randn(len(flow), *x.shape[1:], device=DEVICE).to(x.dtype)
+        for backend in ("torch", "cuda"):
+            leaves = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in (x, flow, metric)]
+            out = softsplat(*leaves, mode, backend)
+            found.append([out, *torch.autograd.grad(out, [t for t in leaves if t is not None], g)])
+        torch.testing.assert_close(found[1][0], found[0][0], atol=tolerance, rtol=tolerance)
+        for expect, got in zip(*found, strict=True):
+            assert got.isfinite().all() and got.dtype == expect.dtype and got.shape == expect.shape
+            assert (got - expect).norm() <= tolerance * (expect.norm() + 1)
+        return found[1]
+
+    return results
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gpu_equals_torch(on_gpu, mode):
+    for size in [(2, 3, 19, 5, 7), (3, 1, 2, 4, 5), (1, 2, 1, 1, 1), (1, 2, 3, 1, 6)]:  # B n C H W
+        on_gpu(*case(*size, 2.0, mode, torch.float64), mode)
+    x, flow, metric = case(2, 2, 3, 6, 5, 1.5, mode, torch.float64)
+    on_gpu(x, flow.round(), metric, mode)  # one-sided gradients
+    on_gpu(x, torch.full_like(flow, 40.0), metric, mode)  # all leave
+    on_gpu(x.float(), flow.float(), None if metric is None else metric.float(), mode, 1e-5)
+    if mode == "softmax":
+        on_gpu(x, flow, None, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gpu_when_all_land_on_one_target(on_gpu, mode):
+    x, flow, metric = case(1, 2, 3, 6, 7, 0.0, mode, torch.float64)
+    flow[:, 0] = 3.3 - torch.arange(7.0)
+    flow[:, 1] = 2.2 - torch.arange(6.0)[:, None]
+    out = on_gpu(x, flow, metric, mode)[0]
+    assert ((out != 0).sum((2, 3)) == 4).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gpu_drops_what_is_not_finite(on_gpu, mode):
+    x, flow, metric = case(2, 2, 3, 6, 7, 1.0, mode, torch.float64)
+    dropped = torch.zeros(4, 6, 7, dtype=torch.bool)
+    for i, axis, r, c, bad in [(0, 0, 2, 3, NAN), (1, 1, 4, 4, INF), (3, 0, 0, 0, -INF), (2, 1, 3, 3, 1e30)]:
+        flow[i, axis, r, c] = bad
+        dropped[i, r, c] = True
+    if metric is not None:
+        metric[0, 0, 1, 1], metric[1, 0, 5, 2], metric[1, 0, 0, 3] = NAN, -INF, INF
+        dropped[:2, 1, 1] = dropped[2:, 5, 2] = dropped[2:, 0, 3] = True
+    _, _, grad_flow, *grad_metric = on_gpu(x, flow, metric, mode)
+    assert (grad_flow.cpu()[dropped[:, None].expand(-1, 2, -1, -1)] == 0).all() and (grad_flow != 0).any()
+    assert all((g.cpu()[~metric.isfinite()] == 0).all() for g in grad_metric)
+
+
+def test_gpu_where_weights_are_tiny(on_gpu):
+    """Holes, a negative weight, metrics that would overflow, and shares too small to set the largest metric."""
+    x, flow, metric = case(1, 2, 3, 6, 7, 1.0, "softmax", torch.float64)
+    for size in (1e30, 300.0):
+        on_gpu(x, flow, metric * size, "softmax")
+    on_gpu(x, flow.round() + 1e-9 * torch.rand_like(flow), metric * 100, "softmax")
+    still = 1e-8 * torch.ones_like(flow)
+    still[:, :, 2, 3] = 5.0  # leaves a hole, into which the neighbours put shares of 1e-8
+    for mode in ("average", "softmax"):
+        out = on_gpu(x, still, metric if mode == "softmax" else None, mode)[0]
+        assert (out[:, :, 2, 3] == 0).all() and (out[:, :, 2, 2] != 0).all()
+    on_gpu(x, flow, torch.randn(1, 1, 6, 7, dtype=torch.float64).clamp(min=-0.1), "linear")
+    on_gpu(x, flow, torch.zeros(1, 1, 6, 7, dtype=torch.float64), "linear")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_gpu_half_precision(on_gpu, dtype, tolerance):
+    x, flow, metric = case(2, 2, 5, 6, 5, 1.0, "softmax")
+    out, grad_x, grad_flow, _ = on_gpu(x.to(dtype), flow, metric, "softmax", tolerance)  # the last digit
+    assert out.dtype == grad_x.dtype == dtype and grad_flow.dtype == torch.float32
+    on_gpu(x, flow.to(dtype), metric.to(dtype), "softmax", tolerance)
+
+
+def test_gpu_strides_and_gradients_of_some_inputs_only(on_gpu):
+    x, flow, metric = (t.to(DEVICE) for t in case(2, 2, 6, 5, 4, 1.0, "softmax", torch.float64))
+    sideways = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (x, flow[:1].expand(4, -1, -1, -1), metric)]
+    sideways[1] = flow[:1].expand(4, -1, -1, -1)
+    full = on_gpu(*sideways, "softmax")
+    plain = [t.contiguous() for t in sideways]
+    g = torch.randn(4, 6, 5, 4, device=DEVICE, dtype=torch.float64).transpose(2, 3).contiguous().transpose(2, 3)
+    leaves = [t.clone().requires_grad_() for t in plain]
+    together = torch.autograd.grad(softsplat(*leaves, backend="torch"), leaves, g)
+    for k in range(3):
+        alone = [t.clone().requires_grad_(j == k) for j, t in enumerate(plain)]
+        out = softsplat(*alone, backend="cuda")
+        torch.testing.assert_close(out, full[0])
+        torch.testing.assert_close(torch.autograd.grad(out, alone[k], g)[0], together[k])
+    with torch.no_grad():
+        assert torch.equal(softsplat(*plain, backend="cuda"), full[0])
+
+
+def test_gpu_lists_are_sorted(on_gpu):
+    """Atomic counters fill them in any order; sums must not depend on it."""
+    _, flow, metric = case(1, 2, 1, 6, 7, 1.0, "softmax", device=DEVICE)
+    index, _, start, source, _, _ = splat.list_gpu(flow, metric, "softmax")
+    bounds, shuffled, again = start.tolist(), source.flatten().clone(), torch.zeros_like(source)
+    lists = list(zip(bounds, bounds[1:], strict=False))
+    assert max(b - a for a, b in lists) > 5 and bounds[-1] == len(source.flatten()) - (index == 42).sum()
+    for a, b in lists:
+        assert source.flatten()[a:b].tolist() == sorted(source.flatten()[a:b].tolist())
+        shuffled[a:b] = shuffled[a:b].flip(0)
+    listed = torch.where(index == 42, -1, 0)
+    splat.gpu(splat._order_gpu)[2, 2](index, start, listed, shuffled, again, 42, splat.CORNERS)
+    assert torch.equal(again.flatten()[: bounds[-1]], source.flatten()[: bounds[-1]])
+
+
+def test_gpu_kernels_are_left_alone_by_the_compiler(on_gpu):
+    x, flow, metric = (t.to(DEVICE) for t in case(1, 2, 3, 4, 5, 1.0, "softmax"))
+    compiled = torch.compile(lambda x: softsplat(x * 2, flow, metric, backend="cuda"), backend="aot_eager")
+    torch.testing.assert_close(compiled(x), softsplat(x * 2, flow, metric, backend="torch"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
