@@ -72,6 +72,8 @@ def checked_ids(segmentation: Tensor, device: torch.device) -> Tensor:
     if segmentation.is_floating_point() or segmentation.dtype == torch.bool:
         raise ValueError(f"segmentation is {segmentation.dtype}, expected whole numbers")
     ids = segmentation.to(device, torch.int64)
+    if segmentation.dtype == torch.uint8:  # no byte is out of range; to look would make a GPU and its host wait
+        return ids
     if ids.numel() and not 0 <= ids.min() <= ids.max() < IDS:
         raise ValueError(f"segmentation holds ids from {ids.min()} to {ids.max()}, expected 0 to {IDS - 1}")
     return ids
@@ -132,6 +134,12 @@ def paint_arrows(vectors: Tensor, ids: Tensor, segmentation: Tensor, delta: floa
 # ------------------------------------------------------------------------- random masking, motion mask: Eq. 9 and 11
 
 
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Random numbers of [0, 1) for a device, drawn where the generator lives; on the CPU if there is none."""
+    home = "cpu" if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=home).to(device)
+
+
 def random_mask(
     F: Tensor,
     p: float,
@@ -146,7 +154,7 @@ def random_mask(
     `segmentation` [H, W] or [B, H, W]. All parts may be hidden at once: F~ = 0 means that nothing is told.
 
     Returns F~ and the mask (1 = kept), both of F's dtype; the mask has 2 channels for elements, otherwise 1.
-    `generator` is a CPU generator, on any device; a sample's draws depend on F's shape and its place in the batch only.
+    A sample's draws depend on F's shape and its place in the batch only, and on the generator's device.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}, expected a probability")
@@ -155,7 +163,7 @@ def random_mask(
     shapes = {"element": F.shape, "pixel": F.shape[:-3] + (1,) + F.shape[-2:], "instance": F.shape[:-3] + (IDS,)}
     if unit not in shapes:
         raise ValueError(f"unit is {unit!r}, expected one of {', '.join(shapes)}")
-    lots = torch.rand(shapes[unit], generator=generator).to(F.device)
+    lots = uniform(shapes[unit], generator, F.device)
     kept = lots >= p  # lots are below 1
     if unit == "instance":
         if segmentation is None or segmentation.shape != F.shape[:-3] + F.shape[-2:]:
@@ -186,12 +194,12 @@ def sparse_points(F: Tensor, points: int, generator: torch.Generator | None = No
     """F [2, H, W] or [B, 2, H, W] at `points` pixels, zero elsewhere.
 
     They are drawn without replacement, each with the same chance, among those where F is not zero; all of them when
-    there are fewer. `generator` is a CPU generator, on any device.
+    there are fewer.
     """
     if points < 0:
         raise ValueError(f"points is {points}, expected 0 or more")
     flat = F.reshape(-1, 2, F.shape[-2] * F.shape[-1])
-    lots = torch.rand(len(flat), flat.shape[-1], generator=generator).to(F.device)
+    lots = uniform((len(flat), flat.shape[-1]), generator, F.device)
     lots = torch.where((flat != 0).any(dim=1), lots, -1.0)
     chosen = lots.topk(min(points, flat.shape[-1]), dim=1).indices[:, None].expand(-1, 2, -1)  # [B, 2, points]
     return torch.zeros_like(flat).scatter_(2, chosen, flat.gather(2, chosen)).view_as(F)  # a lot of -1 has flow 0

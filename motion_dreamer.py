@@ -324,7 +324,7 @@ class MotionDreamer(nn.Module):
         max-pooling. Both are means over all elements, weighted by noise level.
         """
         x0, config = batch.x0, self.config
-        z = torch.randn(len(x0), generator=generator).to(x0.device)
+        z = gaussian((len(x0),), generator, x0.device)
         noise = gaussian(x0.shape, generator, x0.device)
         sigma = (config.sigma_mean + config.sigma_std * z).exp()
         prediction = self.denoise(x0 + sigma.view(-1, 1, 1, 1, 1) * noise, sigma, batch.condition)

@@ -768,12 +768,10 @@ def decode_video(vae: VAE, latents: Tensor, factor: int, chunk: int | None = Non
 
 
 def gaussian(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Standard normal numbers for training. On a GPU they are drawn there (a CPU takes as long as a small step), from a
-    seed that the generator draws: they stay a function of its state."""
-    if device.type == "cpu" or generator is None:
-        return torch.randn(shape, generator=generator).to(device)
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    """Standard normal numbers for a device, drawn where the generator lives; on the CPU if there is none. (A CPU takes
+    as long to draw those of a small model's step as a GPU to do the step.)"""
+    home = "cpu" if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=home).to(device)
 
 
 # --------------------------------------------------------------------------------------------------- CLIP image encoder

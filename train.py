@@ -17,8 +17,9 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from training.processes import (
     peak_memory,
     start_process,
 )
+from training.recorded import Recorded
 from training.samples import reproduce, sample_figures, write_samples
 from training.task import Task, stage_config, stage_task, vae_task
 
@@ -97,6 +99,7 @@ def parse_arguments() -> argparse.Namespace:
         "--shard", action="store_true", help="of several processes, each keeps a part of weights and state"
     )
     how.add_argument("--compile", action="store_true", help="compile the denoiser: a minute or more, then faster steps")
+    how.add_argument("--cuda-graph", action="store_true", help="record the step of a small model: launched at once")
     how.add_argument("--workers", type=int, default=0, help="processes that read clips")
     log = parser.add_argument_group("log and checkpoints")
     log.add_argument("--save-every", type=int, default=500, help="steps")
@@ -151,24 +154,36 @@ def batches_from(
     yield from held_batches(held, batch, order, arguments.batch)
 
 
+def add_gradients(
+    arguments: argparse.Namespace, machine: Machine, task: Task, learner: Learner, batch: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Algorithm 1, lines 2 to 6, of a batch: conditions, masked instance flow, prediction, loss, and its gradient. ->
+    Its share in the losses of the step."""
+    with machine.autocast:
+        losses = task.losses(learner.model, batch, machine.generator)
+    (losses["loss"].mean() / arguments.accumulate).backward()
+    return {name: value.detach().mean() / arguments.accumulate for name, value in losses.items()}
+
+
 def take_step(
-    arguments: argparse.Namespace, machine: Machine, task: Task, learner: Learner, batches: Iterator[dict[str, Tensor]]
+    arguments: argparse.Namespace,
+    machine: Machine,
+    compute: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    learner: Learner,
+    batches: Iterator[dict[str, Tensor]],
 ) -> dict[str, float]:
-    """Algorithm 1, one iteration -> its losses (means over all clips of all processes), the gradient's norm and the
-    learning rate."""
+    """Algorithm 1, one iteration; compute: `add_gradients` -> its losses (means over all clips of all processes), the
+    gradient's norm and the learning rate."""
     sums: dict[str, Tensor] = {}
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(arguments, learner.step)
 
-    # Lines 2 to 6: conditions, masked instance flow, prediction, loss; its gradient, as a mean over all batches.
+    # Lines 2 to 6. The gradient is a mean over all batches, and over all processes with the last one.
     for micro in range(arguments.accumulate):
-        generator = torch.Generator().manual_seed(seed_of(arguments.seed, machine.rank, learner.step, micro))
-        learner.exchange_gradients(micro == arguments.accumulate - 1)  # once, with the last batch
-        with machine.autocast:
-            losses = task.losses(learner.model, next(batches), generator)
-        (losses["loss"].mean() / arguments.accumulate).backward()
-        for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + value.detach().mean() / arguments.accumulate
+        machine.generator.manual_seed(seed_of(arguments.seed, machine.rank, learner.step, micro))
+        learner.exchange_gradients(micro == arguments.accumulate - 1)
+        for name, value in compute(next(batches)).items():
+            sums[name] = sums.get(name, 0.0) + value
     record = mean_over_processes(machine, sums)
 
     # Line 7: the update, unless the gradient is not finite. Its norm is that of all processes: they skip together.
@@ -255,6 +270,10 @@ def check_flags(arguments: argparse.Namespace, machine: Machine) -> None:
         raise ValueError("--shard and --train: of --stage 1, 2 and one, not of the VAE")
     if arguments.shard and machine.world_size == 1:
         raise ValueError("--shard: one process has nobody to share with; torchrun starts several")
+    if arguments.cuda_graph and not (machine.on_gpu and machine.world_size == arguments.accumulate == 1):
+        raise ValueError("--cuda-graph: of one process on a GPU, without --accumulate")
+    if arguments.cuda_graph and (arguments.checkpointing or arguments.stage == "vae" or arguments.no_cache):
+        raise ValueError("--cuda-graph: of a stage with cached latents, without --checkpointing")
     if arguments.decoder_only and arguments.stage != "vae":
         raise ValueError(f"--decoder-only: of --stage vae, not of {arguments.stage}")
 
@@ -276,6 +295,9 @@ def train(arguments: argparse.Namespace) -> None:
     clips = task.readable(dataset, arguments, machine)
     validation_clips = task.readable(validation, arguments, machine) if validation else None
     batches = batches_from(arguments, machine, clips, learner.clips)
+    compute = partial(add_gradients, arguments, machine, task, learner)
+    if arguments.cuda_graph and isinstance(clips, CachedClips):  # a window of a longer clip is encoded in every step
+        compute = Recorded(compute, learner.core.parameters(), machine.generator)
 
     hidden = machine.rank > 0 or arguments.quiet
     bar = tqdm(total=arguments.steps, initial=learner.step, desc=task.name, disable=hidden)
@@ -283,7 +305,7 @@ def train(arguments: argparse.Namespace) -> None:
         # Algorithm 1. The processes measure and save together; process 0 writes the log and the pictures.
         while learner.step < arguments.steps and not stop.came():
             started = time.perf_counter()
-            record = take_step(arguments, machine, task, learner, batches)
+            record = take_step(arguments, machine, compute, learner, batches)
             step, last = learner.step, learner.step == arguments.steps
             if validation and (step % arguments.val_every == 0 or last):
                 record |= validate(arguments, machine, task, learner.average.model(), validation_clips)

@@ -8,6 +8,7 @@ the first frame shows; depth is inverse depth in the first frame's range. All ta
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,8 +56,9 @@ def _palette() -> Tensor:
 PALETTE = _palette()
 
 
+@cache
 def _palette_on(device: torch.device) -> Tensor:
-    return PALETTE.to(device, non_blocking=True)  # no waiting for a GPU: nobody writes to it meanwhile
+    return PALETTE.to(device)
 
 
 def color_order(first: Tensor | None) -> Tensor:

@@ -207,6 +207,27 @@ def test_train_py(monkeypatch, tmp_path, stage):
 
 
 @needs_gpu
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_a_recorded_step_trains_as_a_step_does(monkeypatch, tmp_path, stage):
+    """With every extra of small models, whose draws are recorded, too."""
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY)
+    for seed in range(4):
+        moving_squares(seed).save(tmp_path / "data" / f"{seed}.safetensors")
+    extras = ["show_flow=true", "told=true", "mask_start=0.5", "still_ratio=0.5"] + ["draft=true"] * (stage == "2")
+    losses = []
+    for words in ([], ["--cuda-graph"]):
+        out = tmp_path / f"out{len(words)}"
+        tiny_vae().save_pretrained(out / "vae")
+        tiny_tower().save_pretrained(out / "image_encoder")
+        told = ["--stage", stage, "--preset", "tiny", "--data", tmp_path / "data", "--out", out, "--quiet"]
+        told += ["--batch", 2, "--steps", 8, "--precision", "fp32", "--set", *extras]
+        run(monkeypatch, train, *told, *words)
+        log = (out / "training" / f"stage{stage}" / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert losses[1] == pytest.approx(losses[0], rel=NEAR) and losses[0][4] != pytest.approx(losses[0][5], rel=NEAR)
+
+
+@needs_gpu
 def test_evaluate_py(monkeypatch, capsys, tmp_path):
     """All measures of one clip that do not need weights, of the demo model."""
     simulate, evaluate = pytest.importorskip("clips.simulate"), pytest.importorskip("evaluate")

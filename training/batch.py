@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clips import render
-from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow
+from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow, uniform
 from motion_dreamer import MOTION_BUCKET, POINTS, Batch, MotionDreamer, SmallStageConfig, StageConfig, Told
 from svd import VAE, encode_video, gaussian
 
@@ -32,7 +32,7 @@ class Chances:
 
 def chance(p: float, clips: Clips, generator: torch.Generator | None) -> Tensor:
     """bool [B], each True with probability p."""
-    return (torch.rand(len(clips["token"]), generator=generator) < p).to(clips["token"].device)
+    return uniform((len(clips["token"]),), generator, clips["token"].device) < p
 
 
 @torch.no_grad()
@@ -45,13 +45,13 @@ def training_batch(
 
     # Some clips show only some of their objects: the others are gone from S_0, S_t and F alike.
     clips = show_marked(clips, chance(chances.unmark, clips, generator))
-    flow, S, image = clips["flow"], clips["segmentation"], clips["rgb"][:, 0]
+    flow, S, image = clips["flow"], clips["segmentation"].byte(), clips["rgb"][:, 0]
 
     # Instance flow, a part of it hidden, and where it moves.
     F = instance_flow(flow, S, config.reduce)  # Eq. 1-3
     F, M_mask = random_mask(F, config.mask_ratio, config.mask_unit, S[:, 0], generator)  # Eq. 9
     mask = M_mask.amax(dim=1, keepdim=True) * (S[:, :1] > 0)  # where F tells something, of objects
-    F, mask = push_alone(config, F, mask, clips, generator)  # an extra: see below
+    F, mask = push_alone(config, F, mask, flow, S, generator)  # an extra: see below
     M = motion_mask(F, config.motion_threshold)  # Eq. 11
     if config.control == "sparse_flow":
         F = sparse_flow(flow * mask[:, None], S[:, 0], POINTS, generator)
@@ -68,7 +68,7 @@ def training_batch(
         camera=clips["camera"],
         fps=clips["fps"],
         motion_bucket=torch.where(bucket_told, clips["motion_bucket"], MOTION_BUCKET),
-        noise_aug=(torch.randn(len(image), generator=generator) * 0.5 - 3).exp().to(device),  # around SVD's 0.02 .. 0.1
+        noise_aug=(gaussian((len(image),), generator, device) * 0.5 - 3).exp(),  # around SVD's 0.02 .. 0.1
     )
     latents = {name: clips[f"latents.{name}"] for name in config.latents}
     condition = stage.tell(told, latents, clips["token"], vae, gaussian(image.shape, generator, device))
@@ -89,13 +89,13 @@ def show_marked(clips: Clips, only_marked: Tensor) -> Clips:
 
 
 def push_alone(
-    config: StageConfig, F: Tensor, mask: Tensor, clips: Clips, generator: torch.Generator | None
+    config: StageConfig, F: Tensor, mask: Tensor, flow: Tensor, S: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """SmallStageConfig.mask_start: a share of the clips shows the arrows of what moves at once, and no other."""
     if not isinstance(config, SmallStageConfig) or config.mask_start == 0:
         return F, mask
-    start = instance_flow(clips["flow"], clips["segmentation"], "start")
-    alone = chance(config.mask_start, clips, generator).view(-1, 1, 1, 1)
+    start = instance_flow(flow, S, "start")
+    alone = uniform((len(F), 1, 1, 1), generator, F.device) < config.mask_start
     shown = (moves_at_once(start) | ~alone).to(F)
     return F * shown, mask * shown
 

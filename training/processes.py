@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Machine:
     world_size: int
     device: str
     autocast: torch.autocast
+    generator: torch.Generator = field(default_factory=torch.Generator)  # of a step's draws, on the device
 
     @property
     def on_gpu(self) -> bool:
@@ -54,7 +55,8 @@ def start_process(seed: int, precision: str | None) -> Machine:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     bf16 = (precision or ("bf16" if gpu else "fp32")) == "bf16"
     torch.manual_seed(seed)
-    return Machine(rank, world_size, device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16))
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
+    return Machine(rank, world_size, device, autocast, torch.Generator(device))
 
 
 class StopSignal:

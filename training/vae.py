@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from clips import ClipDataset, render, unrender
+from instance_flow import uniform
 from svd import VAE, decode_video, encode_video, gaussian
 
 # --------------------------------------------------------------------------------------------------------- the tiny VAE
@@ -28,7 +29,7 @@ def vae_loss(vae: VAE, clips: dict[str, Tensor], generator: torch.Generator) -> 
     weight = torch.cat(list(weights.values()))  # [4 B, T, 1, H, W]
     mean, log_variance = vae.moments(rearrange(pictures, "b t c h w -> (b t) c h w"))
     noise, extra = (gaussian(mean.shape, generator, mean.device).to(mean) for _ in range(2))
-    extra = extra * 0.2 * torch.rand(1, generator=generator).to(mean)
+    extra = extra * 0.2 * uniform((1,), generator, mean.device).to(mean)
     latents = mean + (log_variance / 2).exp() * noise + extra
     decoded = vae.decode(rearrange(latents, "(b t) c h w -> b t c h w", t=pictures.shape[1]))
     error = (decoded.float() - pictures).abs()
