@@ -188,12 +188,16 @@ def demo_steps(bench: Bench, what: str, budget: float | None, *words: str) -> No
     row(f"{what}: memory", log[-1]["memory"] / GB, None, "GB", "-")
 
 
+GRAPH = {False: ("--cuda-graph",), True: ()}  # which --try has not
+
+
 def gpu_demo(bench: Bench) -> None:
     demo_steps(bench, "demo's Stage I, 128x64x16, eager", None)
+    demo_steps(bench, "demo's Stage I, 128x64x16, --cuda-graph", 40, *GRAPH[bench.trying])
 
 
 def compiled_demo(bench: Bench) -> None:
-    demo_steps(bench, "demo's Stage I, 128x64x16, --compile", 40, "--compile")
+    demo_steps(bench, "demo's Stage I, 128x64x16, --compile --cuda-graph", 40, "--compile", *GRAPH[bench.trying])
 
 
 def compiled_unet(bench: Bench) -> None:

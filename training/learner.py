@@ -196,7 +196,7 @@ def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> N
     if arguments.compile:
         parts = (learner.core.encoder, learner.core.decoder) if arguments.stage == "vae" else (learner.core.unet,)
         for part in parts:
-            compile_forward(part, graphs=machine.on_gpu)
+            compile_forward(part)
     if machine.world_size > 1 and not arguments.shard:
         devices = [machine.device] if machine.on_gpu else None
         # Gradients lie in the buckets in which they are exchanged, not beside them.
