@@ -40,6 +40,7 @@ from training.processes import (
     check_shared,
     from_all,
     leave_process_group,
+    lost_another,
     mean_over_processes,
     peak_memory,
     start_process,
@@ -304,6 +305,11 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        print(f"train.py: process {dist.get_rank()}: lost another process, which may have said why", file=sys.stderr)
         sys.exit(2)
 
 

@@ -106,6 +106,11 @@ def from_all(value: Any) -> list[Any]:  # noqa: ANN401
     return values
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Whether this is what an exchange raises when another process has ended or cannot be reached."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """If this fails in one process, all end: the first in which it does raises its OSError or ValueError, so that there
