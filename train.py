@@ -74,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument("--val", metavar="DIR", help="clips for validation losses and figures in log.jsonl")
     where.add_argument("--out", required=True, metavar="DIR", help="model folder")
     where.add_argument("--frames", type=int, help="None: all frames of the first clip")
-    where.add_argument("--dry-run", action="store_true", help="print what a step takes of memory: no GPU, no weights")
+    dry = "print what a step takes of memory, alone and as one of N processes (8): no GPU, no weights"
+    where.add_argument("--dry-run", type=int, nargs="?", const=8, metavar="N", help=dry)
     where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
     how = parser.add_argument_group("optimisation")
     how.add_argument("--steps", type=int, default=10000, help="of the optimiser")

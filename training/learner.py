@@ -32,6 +32,7 @@ from training.vae import measure_scale
 # What --train names, by the names of a stage's parameters: what SVD does not have, and what looks at several frames.
 ADDED = ("flow_control.", "camera.", "unet.conv_in.", "unet.conv_out.")
 OVER_TIME = {"temporal_res_block", "temporal_transformer_blocks", "time_mixer", "time_pos_embed"}
+BLOCKS = (SpatioTemporalResBlock, SpatioTemporalTransformer)  # what --shard gathers at once
 
 
 class MovingAverage:
@@ -154,7 +155,7 @@ def shard(core: nn.Module, mesh: DeviceMesh) -> None:
     # The losses are views, which nobody changes in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w*MotionDreamer\) returned a view")
     for module in core.modules():
-        if isinstance(module, (SpatioTemporalResBlock, SpatioTemporalTransformer)):
+        if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh)
     fully_shard(core, mesh=mesh)
 
