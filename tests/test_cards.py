@@ -169,6 +169,17 @@ def test_shared_weights_train_as_whole_ones_and_take_half_the_memory(trained):
     assert shared / whole == pytest.approx(1 / 2, rel=0.05)
 
 
+def test_blocks_of_which_nothing_is_trained_can_be_shared(forks, clips, start, tmp_path):
+    states = []
+    for extra in ((), ("--shard",)):
+        out = tmp_path / f"out{len(extra)}"
+        go_on(forks, 2, out, command(clips, start, out, "--train", "added", *extra, steps=2))
+        states.append(watched(out, 2, rank=1))
+    assert max(apart(states[0][part], states[1][part]) for part in ("weights", "average")) < 2e-6
+    sizes = [sum(path.stat().st_size for path in tmp_path.glob(f"out{k}/training/*/step_*/rows_*")) for k in (0, 1)]
+    assert sizes[0] == sizes[1] < 8 * sum(value.numel() for value in states[0]["weights"].values())
+
+
 # ------------------------------------------------------------------------------------------ another number of processes
 
 
