@@ -473,6 +473,28 @@ def test_validation_is_of_the_moving_average_with_the_same_draws_every_time(monk
     assert abs(np.mean(losses) - first) > 1e-3
 
 
+def test_each_process_validates_its_share(monkeypatch, clips, out):
+    shares, validate = [], train.validate
+    monkeypatch.setattr(train, "from_all", lambda found: shares.append(sorted(found)) or [found])
+    second_of_two = {"rank": 1, "world_size": 2}
+    monkeypatch.setattr(train, "validate", lambda a, machine, *b: validate(a, replace(machine, **second_of_two), *b))
+    run(monkeypatch, clips, out, "--val", clips, "--val-samples", 3, steps=1)
+    assert shares == [[1, 3], [1]]
+
+
+def test_a_finished_run_is_not_saved_again_but_its_model_folder_is(monkeypatch, clips, out):
+    """It may have been killed between the two."""
+    run(monkeypatch, clips, out, steps=2)
+    file, state = (
+        out / "stage1" / "diffusion_pytorch_model.safetensors",
+        out / "training/stage1/step_00000002/state.json",
+    )
+    content, made = file.read_bytes(), state.stat().st_mtime_ns
+    shutil.rmtree(out / "stage1")
+    run(monkeypatch, clips, out, steps=2)
+    assert file.read_bytes() == content and state.stat().st_mtime_ns == made
+
+
 def parsed(monkeypatch, *extra):
     monkeypatch.setattr(sys, "argv", ["train.py", *command("data", "out", *extra)])
     return train.parse_arguments()
