@@ -38,12 +38,14 @@ from training.processes import (
     Machine,
     StopSignal,
     check_shared,
+    end,
     from_all,
     leave_process_group,
     lost_another,
     mean_over_processes,
     peak_memory,
     start_process,
+    together,
 )
 from training.samples import reproduce, sample_figures, write_samples
 from training.task import Task, stage_config, stage_task, vae_task
@@ -167,7 +169,8 @@ def take_step(
     else:
         learner.skipped, learner.failures = learner.skipped + 1, learner.failures + 1
         if learner.failures == 50:
-            raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
+            with together():  # all processes come here: one says it
+                raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
     learner.optimizer.zero_grad(set_to_none=True)
     learner.step, learner.clips = learner.step + 1, learner.clips + clips_a_step(arguments, machine)
     return record | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
@@ -303,15 +306,17 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         (dry_run if arguments.dry_run else train)(arguments)
+        return
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit:
+        pass  # another process has said it
     except RuntimeError as error:
         if not lost_another(error):
             raise
         print(f"train.py: process {dist.get_rank()}: lost another process, which may have said why", file=sys.stderr)
-        sys.exit(2)
+    end(2)
 
 
 if __name__ == "__main__":

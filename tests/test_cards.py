@@ -278,7 +278,10 @@ def test_a_process_that_is_killed_ends_the_others_within_a_minute(clips, start, 
     out, script = tmp_path / "out", tmp_path / "script.py"
     script.write_text(PID.format(paths=[str(ROOT), str(ROOT / "tests")], folder=tmp_path))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
-    told, environment = command(clips, start, out, steps=10**6), os.environ | {"OMP_NUM_THREADS": "1"}
+    told, environment = (
+        command(clips, start, out, steps=10**6),
+        os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     run = subprocess.Popen([*launch, script, *told], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     log = out / "training" / "stage1" / "log.jsonl"
     while not (log.exists() and log.read_text()):

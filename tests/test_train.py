@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_rows
 from tiny import TINY, UNET_CONFIG, VAE_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
@@ -171,6 +172,18 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_former_checkpoint_stays(
     assert [line["step"] for line in logged(out)] == [1, 2]
     average = saved(out, 2)[0]["average.unet.conv_in.weight"]
     assert torch.equal(weights(out, "stage1").unet.conv_in.weight, average)
+
+
+def test_what_is_begun_of_a_network_is_gone_when_it_cannot_be_written(tmp_path):
+    class Network:
+        def save_pretrained(self, folder):
+            (folder / "weights.safetensors.partial").write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device")
+
+    (tmp_path / "weights.safetensors").write_bytes(b"former")
+    with pytest.raises(OSError, match=f"{tmp_path}: I/O error: No space left on device"):
+        learner.export(Network(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_as_if_never_stopped(

@@ -42,7 +42,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], told: dict, keep: 
     try:
         with together():
             sums = write_rows(partial, tensors)
-        sums = {name: told for part in from_all(sums) for name, told in part.items()}
+        sums = {name: each for part in from_all(sums) for name, each in part.items()}
         with together():
             if first:
                 sums["state.json"] = write(partial / "state.json", json.dumps(told).encode())
