@@ -41,11 +41,14 @@ from training.processes import (
     Machine,
     StopSignal,
     check_shared,
+    end,
     from_all,
     leave_process_group,
+    lost_another,
     mean_over_processes,
     peak_memory,
     start_process,
+    together,
 )
 from training.recorded import Recorded
 from training.samples import reproduce, sample_figures, write_samples
@@ -77,7 +80,8 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument("--val", metavar="DIR", help="clips for validation losses and figures in log.jsonl")
     where.add_argument("--out", required=True, metavar="DIR", help="model folder")
     where.add_argument("--frames", type=int, help="None: all frames of the first clip")
-    where.add_argument("--dry-run", action="store_true", help="print what a step takes of memory: no GPU, no weights")
+    dry = "print what a step takes of memory, alone and as one of N processes (8): no GPU, no weights"
+    where.add_argument("--dry-run", type=int, nargs="?", const=8, metavar="N", help=dry)
     where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
     how = parser.add_argument_group("optimisation")
     how.add_argument("--steps", type=int, default=10000, help="of the optimiser")
@@ -195,7 +199,8 @@ def take_step(
     else:
         learner.skipped, learner.failures = learner.skipped + 1, learner.failures + 1
         if learner.failures == 50:
-            raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
+            with together():  # all processes come here: one says it
+                raise ValueError(f"step {learner.step + 1}: 50 steps in a row without a finite gradient")
     learner.optimizer.zero_grad(set_to_none=True)
     learner.step, learner.clips = learner.step + 1, learner.clips + clips_a_step(arguments, machine)
     return record | {"grad_norm": norm, "lr": learner.optimizer.param_groups[0]["lr"], "skipped": learner.skipped}
@@ -336,10 +341,17 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         (dry_run if arguments.dry_run else train)(arguments)
+        return
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit:
+        pass  # another process has said it
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        print(f"train.py: process {dist.get_rank()}: lost another process, which may have said why", file=sys.stderr)
+    end(2)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
         forks.start([arguments of train.py] * 2)     # two processes that train together
         codes = forks.wait()
 
-With WATCH=DIR in their environment, they write weights and averages before and after each step, whole, to DIR.
+With WATCH=DIR in their environment, they write weights and averages, whole, to DIR: before their first step and after
+every second one.
 """
 
 import json
@@ -27,7 +28,8 @@ def free_port():
 
 class Forks:
     def __enter__(self):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         self.server = subprocess.Popen(
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -70,7 +72,7 @@ class Forks:
 
 
 def watch(train, folder):
-    take_step = train.take_step
+    take_step, begun = train.take_step, []
 
     def whole(values):
         values = {name: value.detach() for name, value in values.items()}
@@ -80,13 +82,17 @@ def watch(train, folder):
         average = dict(learner.average.model().named_parameters())
         return {"weights": whole(dict(learner.core.named_parameters())), "average": whole(average)}
 
+    def write(machine, learner, **more):
+        if not os.path.exists(file := f"{folder}/rank_{machine.rank}_step_{learner.step}.pt"):
+            torch.save(state(learner) | more, file)
+
     def watched(arguments, machine, task, learner, batches):
-        name = f"{folder}/rank_{machine.rank}_step_{{}}.pt"
-        if not os.path.exists(name.format(learner.step)):
+        if not begun:
             held = [own.to_local() if hasattr(own, "to_local") else own for own in learner.tensors().values()]
-            torch.save(state(learner) | {"held": sum(part.nbytes for part in held)}, name.format(learner.step))
+            begun.append(write(machine, learner, held=sum(part.nbytes for part in held)))
         record = take_step(arguments, machine, task, learner, batches)
-        torch.save(state(learner) | record, name.format(learner.step))
+        if learner.step % 2 == 0:
+            write(machine, learner, **record)
         return record
 
     train.take_step = watched
@@ -110,6 +116,7 @@ def child(environment, place, words, folder):
 
 def serve():
     import tiny  # noqa: F401
+    import torch._dynamo  # noqa: F401 (the optimiser wants it)
 
     import train  # noqa: F401
 

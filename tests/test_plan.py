@@ -13,6 +13,7 @@ import train
 from motion_dreamer import STAGE1, STAGE2, MotionDreamer, SmallStageConfig
 from svd import UNet, UNetConfig, without_effect
 from training import plan
+from training.learner import freeze
 
 
 def test_alive_counts_what_lives_and_remembers_the_most():
@@ -82,7 +83,7 @@ def test_a_step_without_numbers_takes_the_bytes_of_one_with_numbers(config, chec
     assert found.step == pytest.approx(alive.most, rel=0.05)
     trained = sum(value.numel() for value in stage.parameters() if value.requires_grad)
     assert found.gradients == 4 * trained == found.optimizer // 2
-    assert found.ema == found.weights == 4 * sum(value.numel() for value in stage.parameters())
+    assert found.ema == found.gradients and found.weights == 4 * sum(value.numel() for value in stage.parameters())
     assert found.peak == found.weights + found.optimizer + found.ema + found.step
 
 
@@ -91,6 +92,31 @@ def test_accumulated_gradients_are_there_during_the_next_batch():
     batch = plan.batch_of_sizes(stage, 1)
     one, more = (plan.plan_step(stage, batch, False, count) for count in (1, 8))
     assert one.forward == more.forward and more.step == one.step + one.gradients
+
+
+def test_several_processes_share_the_average_or_all():
+    stage = sized(replace(STAGE1, vae_factor=2, frames=4, width=96, height=64), "meta", False)
+    one, held = (plan.plan_step(stage, plan.batch_of_sizes(stage, 1), False, count) for count in (1, 2))
+    block, rest = plan.largest_blocks(stage)
+    names = [name for name, _ in stage.named_parameters()]
+    inside = [name for name in names if ".resnets." in name or ".attentions." in name]
+    assert rest == 4 * sum(v.numel() for name, v in stage.named_parameters() if name not in inside)
+    assert block == max(4 * sum(v.numel() for v in b.parameters()) for b in stage.unet.mid_block.attentions)
+    (whole, shared), (_, eight) = (plan.each_of(count, one, held, (block, rest), 1) for count in (4, 8))
+    assert whole == one.peak + one.gradients - 3 * one.ema // 4  # buckets, and a quarter of the average
+    more, _ = plan.each_of(4, held, held, (block, rest), 2)
+    assert more == whole + one.gradients  # of the batches before the last, beside the buckets
+    assert shared - eight == (one.weights + one.optimizer + one.ema + one.gradients) // 8
+
+
+@pytest.mark.parametrize("train", ["all", "temporal", "added"])
+def test_what_is_not_trained_has_no_gradient_no_state_and_no_average(train):
+    stage = sized(replace(STAGE1, vae_factor=2, frames=4, width=96, height=64), "meta", False)
+    freeze(stage, train)
+    found = plan.plan_step(stage, plan.batch_of_sizes(stage, 1), bf16=False)
+    trained = 4 * sum(value.numel() for value in stage.parameters() if value.requires_grad)
+    assert (found.gradients, found.optimizer, found.ema) == (trained, 2 * trained, trained)
+    assert (trained < 0.7 * found.weights) == (train != "all")
 
 
 def test_the_full_size_is_that_of_a_gpu_within_a_tenth():
@@ -121,6 +147,7 @@ def test_the_command_says_what_it_would_take_and_writes_nothing(monkeypatch, cap
     assert large[0].startswith("14 frames of 512x320, batch 8, fp32")
     assert large[1]["peak"][0] > 50 * small[1]["peak"][0] and large[1]["peak"][1] < large[1]["peak"][0]
     parts = ("weights", "AdamW", "moving average", "VAE, image tower", "activations and gradients, at most")
+    assert large[1]["the same with --shard"][0] < large[1]["peak of each of 8 processes"][0]
     assert large[1]["peak"][0] == pytest.approx(sum(large[1][name][0] for name in parts), abs=0.003)
     draft = ("--data", "none", "--set", "draft=true", "show_flow=true", "width=48", "height=32")
     assert dry(monkeypatch, capsys, "--stage", 2, *told, *draft)[0].startswith("14 frames of 48x32")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_rows
 from tiny import TINY, UNET_CONFIG, VAE_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
@@ -171,6 +172,18 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_former_checkpoint_stays(
     assert [line["step"] for line in logged(out)] == [1, 2]
     average = saved(out, 2)[0]["average.unet.conv_in.weight"]
     assert torch.equal(weights(out, "stage1").unet.conv_in.weight, average)
+
+
+def test_what_is_begun_of_a_network_is_gone_when_it_cannot_be_written(tmp_path):
+    class Network:
+        def save_pretrained(self, folder):
+            (folder / "weights.safetensors.partial").write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device")
+
+    (tmp_path / "weights.safetensors").write_bytes(b"former")
+    with pytest.raises(OSError, match=f"{tmp_path}: I/O error: No space left on device"):
+        learner.export(Network(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_as_if_never_stopped(
@@ -337,6 +350,42 @@ def test_weights_without_effect_are_not_trained_and_have_no_state(monkeypatch, c
     assert {id(value) for value in state} == {id(value) for value in core.parameters()} - frozen
 
 
+PARTS = {  # of a stage's parameters: one that --train trains, with that word or more, and one that it leaves
+    "added": ("flow_control.stem.0.weight", "unet.mid_block.resnets.0.temporal_res_block.conv1.weight"),
+    "temporal": (
+        "unet.mid_block.attentions.0.time_mixer.mix_factor",
+        "unet.mid_block.resnets.0.spatial_res_block.norm1.bias",
+    ),
+}
+NEW = {"unet.conv_in.weight", "unet.conv_out.bias", "camera.queries.0.weight", "flow_control.metrics.0.bias"}
+
+
+@pytest.mark.parametrize("train_", PARTS)
+def test_what_is_not_trained_stays_and_is_kept_nowhere(monkeypatch, clips, out, tmp_path, train_):
+    """Nor does it change the bits with which a run goes on."""
+    tiny_stage(replace(STAGE1, vae_factor=4, latent_channels=16, frames=4, width=24, height=16)).save_pretrained(
+        tmp_path / "start" / "stage1"
+    )
+    told = ("--train", train_, "--start", tmp_path / "start", "--lr", "1e-2", "--warmup", 1)
+    whole = shutil.copytree(out, tmp_path / "whole")
+    for folder, steps in ((out, 1), (out, 3), (whole, 3)):
+        run(monkeypatch, clips, folder, *told, steps=steps)
+    (tensors, _), before = saved(out, 3), dict(weights(tmp_path / "start", "stage1").named_parameters())
+    trained = {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
+    kept = {f"{kind}.{name}" for kind in ("model", "average") for name in trained}
+    kept |= {f"optimizer.{name}.{key}" for name in trained for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert tensors.keys() == kept
+    assert {PARTS[train_][0], PARTS["added"][0], *NEW} <= trained and PARTS[train_][1] in before.keys() - trained
+    changed = {
+        name for name, value in weights(out, "stage1").named_parameters() if not torch.equal(value, before[name])
+    }
+    assert changed <= trained and len(changed) > len(trained) / 2
+    file = "stage1/diffusion_pytorch_model.safetensors"
+    assert (out / file).read_bytes() == (whole / file).read_bytes()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, clips, out, *told, "--train", "all", steps=4)
+
+
 def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, clips, out, capsys):
     loss, calls = MotionDreamer.loss, []
 
@@ -435,6 +484,28 @@ def test_validation_is_of_the_moving_average_with_the_same_draws_every_time(monk
         losses.append(stage.loss(training_batch(stage, batch, vae, generator, Chances()), generator)["loss"].item())
     assert logged(out)[-1]["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert abs(np.mean(losses) - first) > 1e-3
+
+
+def test_each_process_validates_its_share(monkeypatch, clips, out):
+    shares, validate = [], train.validate
+    monkeypatch.setattr(train, "from_all", lambda found: shares.append(sorted(found)) or [found])
+    second_of_two = {"rank": 1, "world_size": 2}
+    monkeypatch.setattr(train, "validate", lambda a, machine, *b: validate(a, replace(machine, **second_of_two), *b))
+    run(monkeypatch, clips, out, "--val", clips, "--val-samples", 3, steps=1)
+    assert shares == [[1, 3], [1]]
+
+
+def test_a_finished_run_is_not_saved_again_but_its_model_folder_is(monkeypatch, clips, out):
+    """It may have been killed between the two."""
+    run(monkeypatch, clips, out, steps=2)
+    file, state = (
+        out / "stage1" / "diffusion_pytorch_model.safetensors",
+        out / "training/stage1/step_00000002/state.json",
+    )
+    content, made = file.read_bytes(), state.stat().st_mtime_ns
+    shutil.rmtree(out / "stage1")
+    run(monkeypatch, clips, out, steps=2)
+    assert file.read_bytes() == content and state.stat().st_mtime_ns == made
 
 
 def parsed(monkeypatch, *extra):
@@ -645,6 +716,11 @@ def nothing(data, out):
     pass
 
 
+def former(data, out):
+    (out / "training" / "stage1").mkdir(parents=True)
+    (out / "training" / "stage1" / "step_00000003.pt").write_bytes(b"")
+
+
 MISTAKES = {
     "no data": (lambda data, out: [empty(data, out), data.rmdir()], [], "no clips"),
     "empty": (empty, [], "no clips"),
@@ -654,6 +730,10 @@ MISTAKES = {
     "frames": (nothing, ["--frames", "9"], "has 4 frames, 9 are needed"),
     "unknown field": (nothing, ["--set", "speed=3"], "--set speed=3"),
     "bad value": (nothing, ["--set", "mask_ratio=high"], "'high' is not a float"),
+    "part of a VAE": (nothing, ["--stage", "vae", "--train", "added"], "of --stage 1, 2 and one, not of the VAE"),
+    "one shard": (nothing, ["--shard"], "--shard: one process"),
+    "decoder of a stage": (nothing, ["--decoder-only"], "--decoder-only: of --stage vae, not of 1"),
+    "former checkpoint": (former, [], "step_00000003.pt: of a former version, not read any more"),
     "bad choice": (nothing, ["--set", "control=magic"], "magic"),
 }
 

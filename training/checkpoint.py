@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from training.processes import from_all, own_rows, rank_and_count, together
 
@@ -41,7 +42,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], told: dict, keep: 
     try:
         with together():
             sums = write_rows(partial, tensors)
-        sums = {name: told for part in from_all(sums) for name, told in part.items()}
+        sums = {name: each for part in from_all(sums) for name, each in part.items()}
         with together():
             if first:
                 sums["state.json"] = write(partial / "state.json", json.dumps(told).encode())
@@ -120,16 +121,17 @@ def write(file: Path, content: bytes) -> list[int]:
 
 
 def read_rows(path: Path, tensors: dict[str, Tensor]) -> None:
-    """This process's rows of all tensors, whoever wrote them, in place: what is read stays in its file until it is
+    """What this process holds of all tensors, whoever wrote it, in place: what is read stays in its file until it is
     copied. Raises ValueError where names or sizes are not the same there."""
-    missing = {name: own_rows(value)[1].numel() for name, value in tensors.items()}
+    held = {name: own_rows(value) if isinstance(value, DTensor) else (0, value) for name, value in tensors.items()}
+    missing = {name: part.numel() for name, (_, part) in held.items()}
     for file in sorted(path.glob("rows_*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name, (first, *shape) in json.loads(opened.metadata()["places"]).items():
                 if name not in tensors or list(tensors[name].shape) != shape:
                     here = list(tensors[name].shape) if name in tensors else "unknown"
                     raise ValueError(f"{path}: {name} is {shape} there and {here} here")
-                missing[name] -= copy_rows(opened.get_slice(name), first, *own_rows(tensors[name]))
+                missing[name] -= copy_rows(opened.get_slice(name), first, *held[name])
     if lacking := [name for name, count in missing.items() if count]:
         raise ValueError(f"{path}: {lacking[0]} is not there, or not all of it")
 

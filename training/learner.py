@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from training.vae import measure_scale
 # What --train names, by the names of a stage's parameters: what SVD does not have, and what looks at several frames.
 ADDED = ("flow_control.", "camera.", "unet.conv_in.", "unet.conv_out.")
 OVER_TIME = {"temporal_res_block", "temporal_transformer_blocks", "time_mixer", "time_pos_embed"}
+BLOCKS = (SpatioTemporalResBlock, SpatioTemporalTransformer)  # what --shard gathers at once
 
 
 class MovingAverage:
@@ -151,8 +153,10 @@ def shard(core: nn.Module, mesh: DeviceMesh) -> None:
     A network on the CPU comes to the GPU block by block. Weights are sent in full precision, and autocast casts them as
     it does without FSDP2: the losses are the same.
     """
+    # The losses are views, which nobody changes in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w*MotionDreamer\) returned a view")
     for module in core.modules():
-        if isinstance(module, (SpatioTemporalResBlock, SpatioTemporalTransformer)):
+        if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh)
     fully_shard(core, mesh=mesh)
 
@@ -199,7 +203,9 @@ def wrap(arguments: argparse.Namespace, machine: Machine, learner: Learner) -> N
             compile_forward(part)
     if machine.world_size > 1 and not arguments.shard:
         devices = [machine.device] if machine.on_gpu else None
-        # Gradients lie in the buckets in which they are exchanged, not beside them.
+        # Gradients lie in the buckets in which they are exchanged, not beside them. (That of a 1x1 convolution comes in
+        # another order of its numbers, and is copied.)
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")
         learner.model = DistributedDataParallel(learner.model, device_ids=devices, gradient_as_bucket_view=True)
 
 

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from clips import ClipDataset
 from motion_dreamer import Batch, Condition, MotionDreamer, StageConfig, build
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
+from training.learner import BLOCKS
 from training.presets import PRESETS
 
 ATTENTION = nnf.scaled_dot_product_attention
@@ -94,7 +95,7 @@ class Plan:
     """Bytes; all but activations in fp32."""
 
     weights: int
-    gradients: int
+    gradients: int  # like AdamW's moments and the moving average: of what is trained
     optimizer: int  # AdamW's two moments
     ema: int
     forward: int  # activations at the end of the forward pass
@@ -120,7 +121,28 @@ def plan_step(stage: MotionDreamer, batch: Batch, bf16: bool, accumulate: int = 
             del loss
     stage.zero_grad()
     count, trained = (sum(w.numel() for w in weights if w.requires_grad or every) for every in (True, False))
-    return Plan(4 * count, 4 * trained, 8 * trained, 4 * count, forward, alive.most)
+    return Plan(4 * count, 4 * trained, 8 * trained, 4 * trained, forward, alive.most)
+
+
+def largest_blocks(stage: MotionDreamer) -> tuple[int, int]:
+    """Bytes of the largest block that --shard gathers at once, and of what lies in none, in fp32."""
+    blocks = [module for module in stage.modules() if isinstance(module, BLOCKS)]
+    sizes = [4 * sum(value.numel() for value in block.parameters()) for block in blocks]
+    return max(sizes), 4 * sum(value.numel() for value in stage.parameters()) - sum(sizes)
+
+
+def each_of(count: int, plan: Plan, held: Plan, blocks: tuple[int, int], accumulate: int) -> tuple[int, int]:
+    """What each of `count` processes takes at most, without the encoders: as it is, and with --shard. held: the same
+    plan with gradients that are there all the time; blocks: `largest_blocks`.
+
+    DistributedDataParallel's buckets, in which gradients lie, are always there; those of `accumulate` batches gather
+    beside them. --shard holds two blocks whole, gradients of one, and the same once more to exchange them; what lies in
+    no block stays whole to the end of the backward pass, and so do its gradients.
+    """
+    block, rest = blocks
+    whole = plan.weights + plan.optimizer + plan.ema // count + held.step + (accumulate > 1) * plan.gradients
+    shared = (plan.weights + plan.optimizer + plan.ema + plan.gradients) // count
+    return whole, shared + held.step - plan.gradients + 4 * block + 2 * rest
 
 
 def batch_of_sizes(stage: MotionDreamer, count: int) -> Batch:
@@ -175,9 +197,12 @@ def parts_without_weights(arguments: argparse.Namespace) -> tuple:
 
 def table(stage: MotionDreamer, encoders: Sequence[nn.Module], arguments: argparse.Namespace) -> str:
     """What a step takes, line by line in GB, as it is and with --checkpointing."""
-    config, bf16, plans = stage.config, arguments.precision != "fp32", []
+    config, bf16, plans, several = stage.config, arguments.precision != "fp32", [], []
     for stage.unet.gradient_checkpointing in (False, True):
-        plans.append(plan_step(stage, batch_of_sizes(stage, arguments.batch), bf16, arguments.accumulate))
+        batch = batch_of_sizes(stage, arguments.batch)
+        plans.append(plan_step(stage, batch, bf16, arguments.accumulate))
+        held = plan_step(stage, batch, bf16, accumulate=2)
+        several.append(each_of(arguments.dry_run, plans[-1], held, largest_blocks(stage), arguments.accumulate))
     frozen = 4 * sum(value.numel() for encoder in encoders for value in encoder.parameters())
     rows = {
         "weights": [plan.weights for plan in plans],
@@ -188,7 +213,8 @@ def table(stage: MotionDreamer, encoders: Sequence[nn.Module], arguments: argpar
         "gradients, after the backward pass": [plan.gradients for plan in plans],
         "activations and gradients, at most": [plan.step for plan in plans],
         "peak": [plan.peak + frozen for plan in plans],
-        "peak of each of several processes": [plan.peak + frozen + plan.gradients for plan in plans],
+        f"peak of each of {arguments.dry_run} processes": [whole + frozen for whole, _ in several],
+        "the same with --shard": [shared + frozen for _, shared in several],
     }
     sizes = f"{config.frames} frames of {config.width}x{config.height}, batch {arguments.batch}"
     counts = f"{plans[0].weights // 4:,} parameters, {plans[0].gradients // 4:,} of them trained"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,20 @@ def from_all(value: Any) -> list[Any]:  # noqa: ANN401
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process. One of several ends at once: threads that still wait for the others could abort it."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether this is what an exchange raises when another process has ended or cannot be reached."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 @contextmanager
