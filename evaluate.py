@@ -468,7 +468,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     try:
         run(parse_arguments())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -349,7 +349,7 @@ def main() -> None:
     except torch.OutOfMemoryError as error:
         print(f"sample.py: {error}: try --offload, fewer --frames or a smaller --size", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,25 @@ def load_strict(
     model.load_state_dict(tensors, assign=True)
 
 
+@contextmanager
+def whole_file(path: Source) -> Iterator[Path]:
+    """A name to write to, whose file gets the right name when it is complete; if not, nothing is left. The folder must
+    exist. Raises OSError that names the path: a full disk, say."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_safetensors(state_dict: dict[str, Tensor], path: Source) -> None:
     """Writes the whole file or none of it. Folders are not made."""
-    partial = Path(f"{path}.partial")
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}, partial, {"format": "pt"}
-    )
-    os.replace(partial, path)
+    values = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    with whole_file(path) as partial:
+        save_file(values, partial, {"format": "pt"})
 
 
 def open_folder(
@@ -153,9 +166,8 @@ def save_folder(folder: Source, stem: str, state_dict: dict[str, Tensor], config
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(state_dict, folder / f"{stem}.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / "config.json")
+    with whole_file(folder / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def from_pretrained(

@@ -41,12 +41,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from clips.clip import CAMERA_YAW_UNIT, Clip
 from inputs import read_depth, read_segmentation
+from weights import whole_file
 
 VIDEO_ENDINGS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # of what is taken from a folder
 CUT = 0.5  # of the pixels change their colour class at a scene cut
@@ -532,9 +532,8 @@ def clips_done(path: Path, record: Path, settings: dict) -> list[str]:
 
 def write_record(record: Path, settings: dict, names: list[str]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name(f"{record.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"settings": settings, "clips": names}) + "\n")
-    os.replace(partial, record)
+    with whole_file(record) as partial:
+        partial.write_text(json.dumps({"settings": settings, "clips": names}) + "\n")
 
 
 def export_frames(path: Path, folder: Path, size: Size, fps: float) -> str:
@@ -676,7 +675,7 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         failed = run_annotate(arguments)
-    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
+    except (ValueError, OSError) as error:
         print(f"clips.annotate: {error}", file=sys.stderr)
         sys.exit(2)
     if failed:

@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from weights import whole_file
+
 CAMERA_YAW_UNIT = 0.1  # radians per frame step
 FPS = 7.0  # of a clip that does not say
 
@@ -105,10 +107,9 @@ class Clip:
             "camera": self.camera,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         metadata = {"clip": json.dumps({"fps": float(self.fps), "meta": self.meta}, sort_keys=True)}  # one: no order
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, start: int = 0, frames: int | None = None) -> Clip:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
@@ -22,6 +21,7 @@ from clips.pictures import (
     picture_to_segmentation,
     segmentation_to_picture,
 )
+from weights import whole_file
 
 
 @dataclass
@@ -47,9 +47,8 @@ class Motion:
         """`motion.safetensors`: the file between the stages, for looking at and editing; a tensor for each field, by
         its name, in the shapes and units above."""
         parts = {name: value.cpu().contiguous() for name, value in vars(self).items() if value is not None}
-        partial = Path(f"{path}.partial")
-        save_file(parts, partial)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(parts, partial)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Motion:

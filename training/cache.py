@@ -8,7 +8,6 @@ latents, which version of the pictures and how many frames. Latents only: everyt
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from instance_flow import marked_objects
 from motion_dreamer import MotionDreamer, StageConfig
 from svd import VAE, ImageEncoder
 from training.processes import Machine
+from weights import whole_file
 
 OF_OBJECTS = ("segmentation", "draft")  # modalities that show objects: their latents have a second variant, "marked"
 ENCODED_TOGETHER, PIXELS_TOGETHER = 16, 1 << 23  # clips, or fewer large ones: 32 bytes a pixel, in every worker twice
@@ -159,14 +159,8 @@ class CachedClips(TrainingClips):
     def write(self, index: int, content: str, names: list[str], latents: dict[str, Tensor], row: int) -> None:
         """What a clip lacks, from its row of a batch; each file whole or not at all. Raises OSError with its path."""
         for name in names:
-            file = self.file(index, name)
-            partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-            try:
+            with whole_file(self.file(index, name)) as partial:
                 save_file({"latents": latents[name][row].contiguous()}, partial, {"content": content})
-                os.replace(partial, file)
-            except (SafetensorError, OSError) as error:
-                partial.unlink(missing_ok=True)
-                raise OSError(f"{file}: {error}") from None
 
     def file(self, index: int, name: str) -> Path:
         return self.folder / f"{self.clips.paths[index].stem}.{self.names[name]}.safetensors"

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -44,6 +43,7 @@ class MovingAverage:
         self.core, self.skeleton, self.mesh = core, skeleton, mesh
         trained = {name: value for name, value in core.named_parameters() if value.requires_grad}
         self.parts = {name: self.copied(value) for name, value in trained.items()}
+        self.pairs: tuple[list[Tensor], list[Tensor]] | None = None  # averages and values of this process
 
     def copied(self, value: nn.Parameter) -> Tensor:
         rows = own_rows(value)[1].clone()
@@ -54,9 +54,10 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        trained = {name: value for name, value in self.core.named_parameters() if value.requires_grad}
-        averages, values = ([own_rows(part[name])[1] for name in trained] for part in (self.parts, trained))
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        if self.pairs is None:  # places that stay; to look them up takes as long as a step of a small model
+            trained = {name: value for name, value in self.core.named_parameters() if value.requires_grad}
+            self.pairs = tuple([own_rows(part[name])[1] for name in trained] for part in (self.parts, trained))
+        torch._foreach_lerp_(*self.pairs, 1 - decay)
 
     @torch.no_grad()
     def model(self, wanted: bool = True) -> nn.Module | None:
@@ -224,14 +225,4 @@ def save(
         if network:
             if task.name == "vae" and not arguments.decoder_only:
                 network.scaling_factor = measure_scale(network, dataset)
-            export(network, out / task.name)
-
-
-def export(network: nn.Module, folder: Path) -> None:
-    """Writes a network whole or not at all. Raises OSError that names the folder: a full disk, say."""
-    try:
-        network.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        for partial in folder.glob("*.partial"):
-            partial.unlink()
-        raise OSError(f"{folder}: {error}") from None
+            network.save_pretrained(out / task.name)

@@ -6,9 +6,10 @@ tensorboard --logdir OUT/training    # pip install tensorboard
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from weights import whole_file
 
 
 class Log:
@@ -57,6 +58,5 @@ def trim(path: Path, step: int) -> None:
     """Removes the lines after `step`, and a last one that a full disk has cut off."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
