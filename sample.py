@@ -88,8 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--device", choices=("cuda", "mps", "cpu"), help="default: cuda where there is one, else cpu")
     usual = "of the weights (default: on cuda fp16 for --svd, else bf16; on other devices fp32)"
     option("--precision", choices=tuple(DTYPES), help=usual)
-    option("--offload", action="store_true", help="networks take turns on the device: less memory, more time")
-    option("--compile", action="store_true", help="compile the denoiser: a minute or more, then faster steps")
+    option("--offload", action="store_true", help="networks take turns: less memory, more time (default %(default)s)")
+    option("--compile", action="store_true", help="compile the denoiser, which takes minutes (default %(default)s)")
     arguments = parser.parse_args()
     check_arguments(arguments)
     return arguments

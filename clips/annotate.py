@@ -656,7 +656,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m clips.annotate", description=__doc__.split("\n")[0])
     add, source = parser.add_argument, "of it (default %(default)s)"
     add("videos", nargs="*", metavar="VIDEO", help="files that FFmpeg reads, or folders of such")
-    add("--list", metavar="FILE", help="more of them, one a line")
+    add("--list", metavar="FILE", help="more of them, one a line (default: none)")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", metavar="DIR", help="where the clips go")
     target.add_argument("--export", metavar="DIR", help="only write the frames, for annotators of your own")

@@ -3,18 +3,14 @@
 The GPU kernels run on a GPU where there is one; elsewhere in Triton's interpreter, if Triton is installed.
 """
 
-import importlib.util
 import math
-import os
 
 import pytest
 import torch
+from triton_here import why_not
 
 import splat
 from splat import softsplat
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels then run on NumPy
 
 pytestmark = pytest.mark.gpu  # Triton asks for itself whether there is one
 MODES = ["sum", "average", "linear", "softmax"]
@@ -297,8 +293,8 @@ def test_numba_leaves_the_number_of_threads_of_torch():
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Compares the "cuda" backend with "torch", in the result and all gradients; without a GPU it is interpreted."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton")
+    if reason := why_not():
+        pytest.skip(reason)
     if DEVICE == "cpu":
         monkeypatch.setattr(splat, "check", lambda *_: None)  # would refuse the CPU
         for name in ("ROWS", "GATHER", "BACK"):

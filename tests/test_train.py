@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_rows
 from tiny import TINY, UNET_CONFIG, VAE_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
@@ -174,18 +173,6 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_former_checkpoint_stays(
     assert torch.equal(weights(out, "stage1").unet.conv_in.weight, average)
 
 
-def test_what_is_begun_of_a_network_is_gone_when_it_cannot_be_written(tmp_path):
-    class Network:
-        def save_pretrained(self, folder):
-            (folder / "weights.safetensors.partial").write_bytes(b"half")
-            raise SafetensorError("I/O error: No space left on device")
-
-    (tmp_path / "weights.safetensors").write_bytes(b"former")
-    with pytest.raises(OSError, match=f"{tmp_path}: I/O error: No space left on device"):
-        learner.export(Network(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
-
-
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_as_if_never_stopped(
     monkeypatch, clips, out, tmp_path, capsys
 ):
@@ -201,7 +188,8 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_as_if_never_stopp
     run(monkeypatch, clips, killed, "--save-every", 5, "--keep", 1, steps=7)
     (said,) = capsys.readouterr().err.splitlines()
     assert said == f"train.py: {rows.parent}: cannot be read ({rows.name} has changed); going on from the one before"
-    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "step_00000007"]
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events."))  # TensorBoard's
+    assert files == ["log.jsonl", "step_00000007"]
     assert losses(killed) == losses(out)
     one, other = saved(killed, 7)[0], saved(out, 7)[0]
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
