@@ -34,6 +34,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.group_norm import group_norm as group_norm_gpu
+from kernels.group_norm import usable
 from weights import Device, from_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- configurations
@@ -186,10 +188,14 @@ def convolve_time(layer: nn.Conv3d, x: Tensor) -> Tensor:
     return y.movedim(1, -1).contiguous().view(*x.shape[:-1], -1)
 
 
-def normalize(norm: nn.GroupNorm, x: Tensor, over_time: bool = False) -> Tensor:
-    """Group normalisation of [B, T, h, w, C]: of every frame by itself, or over all frames of a clip."""
+def normalize(norm: nn.GroupNorm, x: Tensor, over_time: bool = False, silu: bool = False) -> Tensor:
+    """Group normalisation of [B, T, h, w, C]: of every frame by itself, or over all frames of a clip. Then SiLU."""
     joined = x.flatten(1, 2) if over_time else x.flatten(0, 1)  # [B, T h, w, C] or [B T, h, w, C]
-    return norm(joined.movedim(-1, 1)).movedim(1, -1).contiguous().view(x.shape)
+    if usable(x):
+        y = group_norm_gpu(joined.flatten(1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+        return y.view(x.shape)
+    y = norm(joined.movedim(-1, 1)).movedim(1, -1).contiguous().view(x.shape)
+    return nnf.silu(y) if silu else y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -243,10 +249,10 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = convolve(self.conv1, nnf.silu(normalize(self.norm1, x)))
+        h = convolve(self.conv1, normalize(self.norm1, x, silu=True))
         if emb is not None:
             h = h + self.time_emb_proj(emb)[:, None, None, None]
-        h = convolve(self.conv2, nnf.silu(normalize(self.norm2, h)))
+        h = convolve(self.conv2, normalize(self.norm2, h, silu=True))
         if hasattr(self, "conv_shortcut"):
             x = linear(x, self.conv_shortcut.weight[..., 0, 0], self.conv_shortcut.bias)
         return x + h
@@ -265,10 +271,10 @@ class TemporalResBlock(nn.Module):
         self.conv2 = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
-        h = convolve_time(self.conv1, nnf.silu(normalize(self.norm1, x, over_time=True)))
+        h = convolve_time(self.conv1, normalize(self.norm1, x, over_time=True, silu=True))
         if emb is not None:
             h = h + self.time_emb_proj(emb)[:, None, None, None]
-        return convolve_time(self.conv2, nnf.silu(normalize(self.norm2, h, over_time=True)))
+        return convolve_time(self.conv2, normalize(self.norm2, h, over_time=True, silu=True))
 
 
 class Mixer(nn.Module):
@@ -569,7 +575,7 @@ class UNet(nn.Module):
             if skips:
                 x = level.upsamplers[0].up(x, *skips[-1].shape[2:4])
 
-        x = nnf.silu(normalize(self.conv_norm_out, x))
+        x = normalize(self.conv_norm_out, x, silu=True)
         return convolve(self.conv_out, x).movedim(-1, 2).contiguous()
 
     from_pretrained = classmethod(from_pretrained)
@@ -620,7 +626,7 @@ class Encoder(nn.Module):
         x = self.mid_block.resnets[0](x)
         x = self.mid_block.attentions[0](x)
         x = self.mid_block.resnets[1](x)
-        x = nnf.silu(normalize(self.conv_norm_out, x))
+        x = normalize(self.conv_norm_out, x, silu=True)
         return convolve(self.conv_out, x)
 
 
@@ -658,7 +664,7 @@ class TemporalDecoder(nn.Module):
                 x = resnet(x)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0].up(x, 2 * x.shape[2], 2 * x.shape[3])
-        x = nnf.silu(normalize(self.conv_norm_out, x))
+        x = normalize(self.conv_norm_out, x, silu=True)
         return convolve_time(self.time_conv_out, convolve(self.conv_out, x))
 
 
