@@ -3,23 +3,18 @@
 On a GPU where there is one; elsewhere in Triton's interpreter, if Triton is installed.
 """
 
-import importlib.util
-import os
-
 import pytest
 import torch
 import torch.nn.functional as nnf
 from torch.utils.checkpoint import checkpoint
+from triton_here import why_not
 
 import svd
 from kernels import group_norm as module
 from kernels.group_norm import group_norm, split, usable
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels then run on NumPy
-
 pytestmark = pytest.mark.gpu
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+needs_triton = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 SINGLE, BF16, FP16 = (torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)  # ... and the last digit
