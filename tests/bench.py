@@ -218,10 +218,10 @@ ROWS = {
     },
     "cuda": {
         "splat": gpu_splat,
+        "demo": gpu_demo,
         "unet": gpu_unet,
         "svd": gpu_svd,
         "dream": gpu_dream,
-        "demo": gpu_demo,
         "train": gpu_train,
         "unet_large": gpu_unet_large,
     },
