@@ -303,7 +303,7 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task) -> tup
         settings |= {"motion": motion.map(canvas.pad), "progress": partial(tqdm, desc="stage 2: video")}
         settings["generator"] = torch.Generator().manual_seed(task.seed + 1)  # the same whether it runs alone or not
         _, video = dream(None, stages["stage2"], *codecs, **settings)
-    videos = pictures_of(motion, task.inputs)
+    videos = pictures_of(motion.to("cpu"), task.inputs)  # where the user's own maps are
     return videos if video is None else videos | {"video": to_uint8(canvas.crop(video)[0])}, motion, fps
 
 

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 tl = None  # triton.language, imported by the first call that needs it: Triton is not required
 
 ROWS, CHANNELS, WARPS = 32, 64, 4  # what a block reads at a time: 64 channels are one or two whole cache lines
-BLOCKS = 16 * 132  # a block takes more rows until there are about so many: 16 for each processor of an H100
+BLOCKS = 8 * 132  # a block takes more rows until there are about so many: 8 for each processor of an H200
 PARTS = 1024  # what a block of the second launch, which sums over a group, reads at a time
 
 

@@ -185,7 +185,8 @@ def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
             figures["contacts"] = two_classes(contact_pairs(made["segmentation"], made["depth"]), touching, pairs)
         if objects and "rgb_own" in made:  # of a video, only what overlaps in the picture is seen
             seen = ids_by_color(made["rgb_own"], true["segmentation"][0])
-            figures["contacts_video"] = two_classes(contact_pairs(seen, torch.ones(seen.shape)), touching, pairs)
+            found = contact_pairs(seen, torch.ones_like(seen, dtype=torch.float32))
+            figures["contacts_video"] = two_classes(found, touching, pairs)
             fallen = set(meta["fallen"]) & set(objects)
             figures["fallen_video"] = two_classes(fallen_ids(true["segmentation"][0], seen[-1]), fallen, objects)
     return figures

@@ -149,7 +149,7 @@ def test_processes_and_accumulated_batches_train_as_one_loop_over_all_clips_woul
         for rank in range(processes) if step % 2 == 0 else ():
             state = watched(out, step, rank)
             assert state["loss"] == logged(out)[step - 1]["loss"]
-            assert max(apart(state["weights"], weights), apart(state["average"], average)) < 2e-6
+            assert max(apart(state["weights"], weights), apart(state["average"], average)) < 1e-5
             for key in weights:
                 torch.testing.assert_close(state["weights"][key], weights[key], rtol=1e-3, atol=2e-5, msg=key)
                 torch.testing.assert_close(state["average"][key], average[key], rtol=1e-3, atol=2e-5, msg=key)
@@ -160,8 +160,8 @@ def test_shared_weights_train_as_whole_ones_and_take_half_the_memory(trained):
     for step in (2, 4):
         for rank in range(2):
             whole, shared = (watched(trained[name], step, rank) for name in ("two", "sharded"))
-            assert apart(shared["weights"], whole["weights"]) < 2e-6
-            assert apart(shared["average"], whole["average"]) < 2e-6
+            assert apart(shared["weights"], whole["weights"]) < 1e-5
+            assert apart(shared["average"], whole["average"]) < 1e-5
             assert shared["loss"] == pytest.approx(whole["loss"], rel=1e-5)
             assert shared["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
     whole, two, shared = (watched(trained[name], 0)["held"] for name in ("one", "two", "sharded"))
@@ -175,7 +175,7 @@ def test_blocks_of_which_nothing_is_trained_can_be_shared(forks, clips, start, t
         out = tmp_path / f"out{len(extra)}"
         go_on(forks, 2, out, command(clips, start, out, "--train", "added", *extra, steps=2))
         states.append(watched(out, 2, rank=1))
-    assert max(apart(states[0][part], states[1][part]) for part in ("weights", "average")) < 2e-6
+    assert max(apart(states[0][part], states[1][part]) for part in ("weights", "average")) < 1e-5
     sizes = [sum(path.stat().st_size for path in tmp_path.glob(f"out{k}/training/*/step_*/rows_*")) for k in (0, 1)]
     assert sizes[0] == sizes[1] < 8 * sum(value.numel() for value in states[0]["weights"].values())
 
@@ -211,7 +211,7 @@ def test_whole_and_shared_weights_go_on_from_the_checkpoints_of_one_another(fork
         for rank, part in ((rank, part) for rank in range(2) for part in ("weights", "average")):
             before, then = watched(out, 2, rank)[part], watched(trained[wrote], 2, rank)[part]
             assert all(torch.equal(value, before[name]) for name, value in then.items())
-            assert apart(watched(out, STEPS, rank)[part], watched(trained["two"], STEPS, rank)[part]) < 2e-6
+            assert apart(watched(out, STEPS, rank)[part], watched(trained["two"], STEPS, rank)[part]) < 1e-5
         assert rows.read_bytes() and len(list(rows.parent.glob("rows_*"))) == 2
 
 

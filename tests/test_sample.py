@@ -216,10 +216,12 @@ def test_a_motion_file_goes_where_the_image_is(given, monkeypatch):
     there = Motion.load(given.folder / "out" / "motion.safetensors").to("meta")
     assert {value.device.type for value in vars(there).values()} == {"meta"}
     assert Motion(there.flow, None, None).to("meta").depth is None
-    asked, to = [], Motion.to
-    monkeypatch.setattr(Motion, "to", lambda self, device: asked.append(device) or to(self, device))
+    asked, to, shown, show = [], Motion.to, [], sample.pictures_of
+    monkeypatch.setattr(Motion, "to", lambda self, device: asked.append((device, to(self, device))) or asked[-1][1])
+    monkeypatch.setattr(sample, "pictures_of", lambda motion, inputs: shown.append(motion) or show(motion, inputs))
     given.run(monkeypatch, "--stage", "2", steps=1)
-    assert asked == ["cpu"]
+    (there, _), (back, motion) = asked  # to the device of the networks, and back to the user's maps to be drawn
+    assert there == back == "cpu" and shown == [motion]
 
 
 @pytest.mark.parametrize("svd", [False, True])
