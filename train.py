@@ -188,10 +188,10 @@ def take_step(
         learner.exchange_gradients(micro == arguments.accumulate - 1)
         for name, value in compute(next(batches)).items():
             sums[name] = sums.get(name, 0.0) + value
-    record = mean_over_processes(machine, sums)
 
     # Line 7: the update, unless the gradient is not finite. Its norm is that of all processes: they skip together.
-    norm = learner.clip_gradients(arguments.clip_grad)
+    norm = learner.clip_gradients(arguments.clip_grad)  # before anything is read, so that a GPU need not wait for it
+    record, norm = mean_over_processes(machine, sums), norm.item()
     if math.isfinite(norm):
         learner.optimizer.step()
         learner.average.update(min(arguments.ema, (1 + learner.step) / (10 + learner.step)))

@@ -264,6 +264,20 @@ def test_the_device_and_its_usual_precision(monkeypatch):
 
 
 @pytest.mark.parametrize("svd", [False, True])
+def test_compiled_denoisers_say_how_long_it_took_and_change_nothing(given, monkeypatch, capsys, svd):
+    """With --offload, too: what moves a network to the device is outside of what is compiled."""
+    extra, compiled = ["--svd", str(given.model), "--frames", "3"] if svd else [], []
+    plain = given.run(monkeypatch, *extra, out="plain")
+    assert "compiling" not in capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
+    out = given.run(monkeypatch, *extra, "--compile", "--offload")
+    assert [type(forward.__self__) for forward in compiled] == [UNet] * (1 if svd else 2)
+    assert capsys.readouterr().out.count("compiling UNet took") == len(compiled)
+    assert json.loads((out / "run.json").read_text())["compile"]
+    assert (video_of(out) == video_of(plain)).all()
+
+
+@pytest.mark.parametrize("svd", [False, True])
 def test_offloaded_networks_take_turns_and_change_nothing(given, monkeypatch, svd):
     """On a made-up device: what is not there has no weights to compute with."""
     extra = ["--svd", str(given.model), "--frames", "3"] if svd else []

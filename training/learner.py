@@ -96,10 +96,10 @@ class Learner:
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = now
 
-    def clip_gradients(self, largest: float) -> float:
-        """Scales the gradient down to this norm -> its norm before, that of all processes."""
+    def clip_gradients(self, largest: float) -> Tensor:
+        """Scales the gradient down to this norm -> its norm before, that of all processes; a GPU may still compute."""
         norm = nn.utils.clip_grad_norm_(self.core.parameters(), largest)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by name; written to and read in place."""
