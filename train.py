@@ -85,6 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument("--no-cache", action="store_true", help="encode clips in every step instead of once")
     how = parser.add_argument_group("optimisation")
     how.add_argument("--steps", type=int, default=10000, help="of the optimiser")
+    how.add_argument("--minutes", type=float, help="of training, instead of --steps: learning falls with the clock")
     how.add_argument("--batch", type=int, default=8, help="clips a step and process, before accumulation")
     how.add_argument("--accumulate", type=int, default=1, help="batches whose gradients are averaged in a step")
     both = {name: f"None: {small:g}, with --init {svd:g}" for name, (small, svd) in RECIPE.items()}
@@ -180,7 +181,7 @@ def take_step(
     gradient's norm and the learning rate."""
     sums: dict[str, Tensor] = {}
     for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(arguments, learner.step)
+        group["lr"] = learning_rate(arguments, learner.step, share_done(arguments, learner))
 
     # Lines 2 to 6. The gradient is a mean over all batches, and over all processes with the last one.
     for micro in range(arguments.accumulate):
@@ -210,9 +211,16 @@ def clips_a_step(arguments: argparse.Namespace, machine: Machine) -> int:
     return arguments.batch * arguments.accumulate * machine.world_size
 
 
-def learning_rate(arguments: argparse.Namespace, step: int) -> float:
-    """Linear warm-up, constant, linear to 0 over the last `--cooldown` of the steps."""
-    left = (arguments.steps - step) / max(1, arguments.cooldown * arguments.steps)
+def share_done(arguments: argparse.Namespace, learner: Learner) -> float:
+    """Of the run: of its steps, or with --minutes of its time, which former parts of a resumed run count to."""
+    if arguments.minutes:
+        return min(1.0, learner.seconds / (60 * arguments.minutes))
+    return learner.step / arguments.steps
+
+
+def learning_rate(arguments: argparse.Namespace, step: int, done: float) -> float:
+    """Linear warm-up, constant, linear to 0 over the last `--cooldown` of the run, of which `done` is done."""
+    left = (1 - done) / max(arguments.cooldown, 1e-9 if arguments.minutes else 1 / arguments.steps)
     return arguments.lr * min(1, (step + 1) / max(1, arguments.warmup), left)
 
 
@@ -279,6 +287,8 @@ def check_flags(arguments: argparse.Namespace, machine: Machine) -> None:
         raise ValueError("--cuda-graph: of one process on a GPU, without --accumulate")
     if arguments.cuda_graph and (arguments.checkpointing or arguments.stage == "vae" or arguments.no_cache):
         raise ValueError("--cuda-graph: of a stage with cached latents, without --checkpointing")
+    if arguments.minutes is not None and not (arguments.minutes > 0 and machine.world_size == 1):
+        raise ValueError(f"--minutes {arguments.minutes:g}: expected a number above 0, of one process")
     if arguments.decoder_only and arguments.stage != "vae":
         raise ValueError(f"--decoder-only: of --stage vae, not of {arguments.stage}")
 
@@ -304,14 +314,16 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.cuda_graph and isinstance(clips, CachedClips):  # a window of a longer clip is encoded in every step
         compute = Recorded(compute, learner.core.parameters(), machine.generator)
 
-    hidden = machine.rank > 0 or arguments.quiet
-    bar = tqdm(total=arguments.steps, initial=learner.step, desc=task.name, disable=hidden)
+    hidden, total = machine.rank > 0 or arguments.quiet, None if arguments.minutes else arguments.steps
+    bar = tqdm(total=total, initial=learner.step, desc=task.name, disable=hidden)
     with StopSignal(machine) as stop, Log(folder, learner.step) if machine.rank == 0 else nullcontext() as log:
         # Algorithm 1. The processes measure and save together; process 0 writes the log and the pictures.
-        while learner.step < arguments.steps and not stop.came():
+        while share_done(arguments, learner) < 1 and not stop.came():
             started = time.perf_counter()
             record = take_step(arguments, machine, compute, learner, batches)
-            step, last = learner.step, learner.step == arguments.steps
+            trained = time.perf_counter()
+            learner.seconds += trained - started
+            step, last = learner.step, share_done(arguments, learner) == 1
             if validation and (step % arguments.val_every == 0 or last):
                 record |= validate(arguments, machine, task, learner.average.model(), validation_clips)
             if log:
@@ -326,6 +338,7 @@ def train(arguments: argparse.Namespace) -> None:
                 if average:
                     clip = (validation or dataset)[(0, 0)]
                     write_samples(folder / "samples" / f"step_{step:08d}.png", sampled(task, average, clip), clip)
+            learner.seconds += time.perf_counter() - trained
 
     # What was learned is saved, whether the run is complete or was told to stop.
     save(arguments, machine, task, learner, settings, dataset)
@@ -333,8 +346,9 @@ def train(arguments: argparse.Namespace) -> None:
     if machine.world_size > 1:
         dist.destroy_process_group()
     if machine.rank == 0:
-        more = "; run the same command to go on" if learner.step < arguments.steps else ""
-        print(f"{out / task.name}: {learner.step} of {arguments.steps} steps{more}")
+        more = "; run the same command to go on" if share_done(arguments, learner) < 1 else ""
+        of = f"steps in {learner.seconds / 60:.1f} minutes" if arguments.minutes else f"of {arguments.steps} steps"
+        print(f"{out / task.name}: {learner.step} {of}{more}")
 
 
 def main() -> None:

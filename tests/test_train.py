@@ -173,6 +173,45 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_former_checkpoint_stays(
     assert torch.equal(weights(out, "stage1").unet.conv_in.weight, average)
 
 
+class Clock:
+    """Ten seconds pass whenever somebody looks at it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 10
+        return self.now
+
+
+def test_with_minutes_the_clock_ends_the_run_and_the_learning(monkeypatch, clips, out, capsys):
+    """Four looks a step: 30 s. A run that was stopped has the time that is left."""
+    monkeypatch.setattr(train, "time", Clock())
+    told = ["--minutes", 5, "--warmup", 2, "--cooldown", 0.5, "--lr", 1.0]
+    take, count = train.take_step, [0]
+
+    def stopped(*words):
+        count[0] += 1
+        if count[0] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(*words)
+
+    monkeypatch.setattr(train, "take_step", stopped)
+    run(monkeypatch, clips, out, *told)
+    assert len(logged(out)) == 4 and "4 steps in 2.0 minutes; run the same command to go on" in capsys.readouterr().out
+    run(monkeypatch, clips, out, *told)
+    rates = [line["lr"] for line in logged(out)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert "10 steps in 5.0 minutes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1"])
+def test_minutes_that_are_none_are_refused(monkeypatch, clips, out, capsys, minutes):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, out, "--minutes", minutes)
+    assert stop.value.code == 2 and f"--minutes {minutes}: expected" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_as_if_never_stopped(
     monkeypatch, clips, out, tmp_path, capsys
 ):

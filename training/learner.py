@@ -86,6 +86,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     step: int = 0
     clips: int = 0  # that it has seen, of all processes
+    seconds: float = 0.0  # of its steps, also before it was resumed
     skipped: int = 0  # steps without a finite gradient
     failures: int = 0  # of these, the last ones in a row
     saved: int = 0  # step of the newest checkpoint
@@ -173,6 +174,7 @@ def resume(arguments: argparse.Namespace, machine: Machine, learner: Learner, fo
     told, damaged = load_checkpoint(folder, learner.tensors(), settings)
     if told:
         learner.step, learner.clips, learner.skipped = told["step"], told["clips"], told["skipped"]
+        learner.seconds = told.get("seconds", 0.0)
         learner.saved = learner.step
     if arguments.decoder_only:
         keep_latents(arguments, learner, bool(told))
@@ -218,6 +220,8 @@ def save(
     out = Path(arguments.out)
     if learner.step > learner.saved:
         told = {"step": learner.step, "clips": learner.clips, "skipped": learner.skipped, "settings": settings}
+        if arguments.minutes:
+            told["seconds"] = learner.seconds
         save_checkpoint(out / "training" / task.name, learner.tensors(), told, arguments.keep)
         learner.saved = learner.step
     network = learner.average.model(wanted=machine.rank == 0)
