@@ -1,0 +1,174 @@
+"""The shipped model from nothing, in one command: clips of all worlds, the VAE, both stages.
+
+    python demo/make.py --minutes 9                  # a GPU and 16 cores: a quarter of an hour in all
+    python demo/make.py --minutes 60                 # two cores
+    python demo/make.py --minutes 9 --export demo    # and ship it: the weights in half precision
+
+1. Workers simulate clips of all scenarios into OUT/clips, as long as anything trains (one worker or two: as long as the
+   VAE does).
+2. The VAE learns all worlds, for a quarter of the minutes, from the clips that there are when it begins.
+3. Both stages learn at the same time, for the rest of the minutes, in rounds: each begins with the clips that there are
+   by then, and makes their latents, once.
+
+Minutes are those of training: the learning rate falls with the clock (`train.py --minutes`). Killed, the same command
+goes on: clips that are there stay, trainings go on from their last save, what is complete is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from clips.scenes import SCENARIOS  # noqa: E402
+from motion_dreamer import MotionDreamer  # noqa: E402
+from svd import VAE, ImageEncoder  # noqa: E402
+
+VAE_SHARE, ROUNDS = 0.25, 2  # of the minutes; of both stages
+CLIPS = 60000  # more than anybody has the time to simulate
+# What a stage is told of a push is its first step; half of the clips show only what is pushed, the rest any part of it.
+TOLD = ["reduce=start", "mask_ratio=0.15", "mask_start=0.7", "splat_time=constant", "show_flow=true"]
+STAGES = {
+    "1": [*TOLD, "told=true", "still_ratio=0.1", "sigma_mean=2.0"],
+    "2": [*TOLD, "parameterization=x0", "draft=true", "sigma_mean=1.2"],
+}
+PARTS = {"vae": VAE, "image_encoder": ImageEncoder, "stage1": MotionDreamer, "stage2": MotionDreamer}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    cores = os.cpu_count() or 1
+    option = parser.add_argument
+    option("--minutes", type=float, default=9, help="of training (default %(default)g)")
+    option("--out", default="runs/demo", metavar="DIR", help="clips, trainings and the model (default %(default)s)")
+    option("--export", metavar="DIR", help="where the weights go in half precision, such as demo (default: nowhere)")
+    option("--scenario", default=",".join(SCENARIOS), help="worlds (default %(default)s)")
+    option("--size", default="128x64", help="of the pictures (default %(default)s)")
+    option("--frames", type=int, default=16, help="of a clip (default %(default)s)")
+    option("--first", type=int, default=256, help="clips before the VAE begins (default %(default)s)")
+    option("--workers", type=int, default=max(1, cores - 1), help="that simulate (default %(default)s)")
+    option("--preset", default="demo", help="of train.py: the sizes of the networks (default %(default)s)")
+    option("--seed", type=int, default=0, help="of clips and trainings (default %(default)s)")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+@contextmanager
+def simulating(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
+    """Workers that add clips to OUT/clips until the block ends."""
+    told = [sys.executable, "-m", "clips.simulate", Path(arguments.out) / "clips", "--clips", CLIPS, "--mirror"]
+    told += ["--scenario", arguments.scenario, "--size", arguments.size, "--frames", arguments.frames]
+    told += ["--seed", arguments.seed, "--workers", arguments.workers]
+    log = open(Path(arguments.out) / "simulate.txt", "a")  # noqa: SIM115 (open as long as the process)
+    process = subprocess.Popen(list(map(str, told)), cwd=HERE.parent, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # a clip that was being written has another name
+        process.wait()
+        log.close()
+
+
+def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subprocess.Popen:
+    """train.py of one part, on the GPU if there is one."""
+    told = [sys.executable, "train.py", "--stage", stage, "--preset", arguments.preset, "--minutes", minutes]
+    told += ["--data", Path(arguments.out) / "clips", "--out", arguments.out, "--seed", arguments.seed, "--quiet"]
+    told += ["--sample-every", 0, "--save-every", 300, "--cooldown", 0.7]
+    gpu = torch.cuda.is_available()
+    if stage == "vae":
+        told += ["--frames", 2, "--batch", 16 if gpu else 2, "--workers", 4 if gpu else 0]
+    else:
+        told += ["--batch", 64, "--workers", 4, "--lr", 1e-3, "--ema", 0.995] if gpu else ["--batch", 4]
+        told += ["--cuda-graph"] * gpu + ["--set", *STAGES[stage]]
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(list(map(str, told)), cwd=HERE.parent, env=environment)
+
+
+def finish(processes: list[subprocess.Popen], seconds: float | None = None) -> None:
+    """Waits for trainings; after `seconds` they are told to save and end. Ends with them where one has failed."""
+    started = time.monotonic()
+    while any(process.poll() is None for process in processes):
+        late = seconds is not None and time.monotonic() - started > seconds
+        failed = any(process.poll() for process in processes)
+        if late or failed:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            for process in processes:
+                process.wait()
+        time.sleep(0.1)
+    if codes := [process.returncode for process in processes if process.returncode]:
+        sys.exit(codes[0])
+
+
+def wait_for_clips(arguments: argparse.Namespace, simulator: subprocess.Popen) -> None:
+    while len(clips_of(arguments)) < arguments.first:
+        if simulator.poll() is not None:
+            sys.exit(f"make.py: {Path(arguments.out) / 'simulate.txt'}: the simulator ended")
+        time.sleep(0.2)
+
+
+def clips_of(arguments: argparse.Namespace) -> list[Path]:
+    return list((Path(arguments.out) / "clips").glob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------- what comes out
+
+
+def export(source: Path, folder: Path) -> None:
+    """The four parts of a model folder in half precision."""
+    for name, part in PARTS.items():
+        part.from_pretrained(source, name, dtype=torch.float16).save_pretrained(folder / name)
+    size = sum(path.stat().st_size for name in PARTS for path in (folder / name).glob("*.safetensors"))
+    print(f"{folder}: {size / 1e6:.1f} MB of weights")
+
+
+def summary(arguments: argparse.Namespace, seconds: float) -> dict:
+    """What went into it: distinct clips, draws of them and last losses, by part."""
+    found = {"minutes": arguments.minutes, "seconds": round(seconds), "clips": len(clips_of(arguments))}
+    found |= {"torch": torch.__version__, "seed": arguments.seed, "cores": os.cpu_count()}
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    for name in ("vae", "stage1", "stage2"):
+        lines = (Path(arguments.out) / "training" / name / "log.jsonl").read_text().splitlines()
+        last = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
+        found[name] = {"steps": len(lines), "loss": round(sum(last) / len(last), 4)}
+    return found
+
+
+def main() -> None:
+    arguments, started = parse_arguments(), time.monotonic()
+    out, minutes = Path(arguments.out), arguments.minutes
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    with simulating(arguments) as simulator:
+        wait_for_clips(arguments, simulator)
+        finish([training(arguments, "vae", VAE_SHARE * minutes)])
+    left = (1 - VAE_SHARE) * minutes
+    with simulating(arguments) if arguments.workers > 2 else nullcontext() as simulator:
+        for part in range(ROUNDS if simulator else 1, 0, -1):
+            pair = [training(arguments, stage, left) for stage in STAGES]
+            finish(pair, None if part == 1 else 60 * left / ROUNDS)
+    record = summary(arguments, time.monotonic() - started)
+    (out / "make.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+    if arguments.export:
+        export(out, Path(arguments.export))
+
+
+if __name__ == "__main__":
+    main()
