@@ -66,6 +66,10 @@ def test_held_clips_take_what_they_take_on_disk(clips):
 
 
 def test_room_is_what_the_fullest_moment_left(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 30)
-    assert held.free_memory("cuda:0") == 70
+    """100 bytes: 50 of another program, 10 ours, which were 30."""
+    memory = {"mem_get_info": (40, 100), "memory_reserved": 10, "max_memory_reserved": 30}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert held.free_memory("cuda:0") == 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    assert held.free_memory("cuda:0") == 0

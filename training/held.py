@@ -19,8 +19,9 @@ def lossless(name: str, value: Tensor) -> Tensor:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that nothing takes, at the fullest moment so far."""
-    return torch.cuda.mem_get_info(device)[1] - torch.cuda.max_memory_reserved(device)
+    """Bytes that nothing takes, other programs neither, at this process's fullest moment so far."""
+    growth = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+    return max(0, torch.cuda.mem_get_info(device)[0] - growth)
 
 
 def hold(clips: Dataset, device: str, room: int, workers: int = 0) -> dict[str, Tensor] | None:
