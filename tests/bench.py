@@ -41,6 +41,7 @@ from measure import (
     unets,
 )
 
+from clips.simulate import SCENARIOS, simulate
 from splat import softsplat
 from svd import UNet, UNetConfig
 
@@ -101,6 +102,15 @@ def bench_sample(bench: Bench) -> None:
     told = [sys.executable, "sample.py", "--out", str(bench.work / "out")]
     seconds = clock(lambda: subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, check=True))
     row("python sample.py (demo) on the CPU", seconds, 20, "s", "1")
+
+
+def bench_simulate(bench: Bench) -> None:
+    """All scenarios, as many seeds as there are rounds; one thread, whatever --threads says."""
+    simulate("drop", 0, 1, 16)
+    jobs = [(scenario, seed, 16, (256, 128)) for scenario in SCENARIOS for seed in range(bench.rounds)]
+    speed = 1 / median(clock(lambda job=job: simulate(*job)) for job in jobs)
+    what = "simulated clips of 256x128x16: clips a second and core, 3 required, 4 aimed"
+    row(what, speed, 3, "clips/s", "at least 1")
 
 
 # ---------------------------------------------------------------------------------------------------- rows of a GPU
@@ -215,6 +225,7 @@ ROWS = {
         "memory": bench_memory,
         "load": bench_load,
         "sample": bench_sample,
+        "simulate": bench_simulate,
     },
     "cuda": {
         "splat": gpu_splat,
