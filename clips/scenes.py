@@ -61,6 +61,13 @@ class Scene:
     scenery: list[tuple[Part, float]] = field(default_factory=list)  # fixed boxes of the background, and their grey
     truth: dict = field(default_factory=dict)  # what else belongs into the clip's meta
 
+    @property
+    def hidden(self) -> dict:
+        """What decides the motion and no picture shows."""
+        if self.path is not None:
+            return {}
+        return {"friction": self.friction, "density": [thing.density for thing in self.things]}
+
 
 def thing_of(rng: np.random.Generator, size: float, kinds: tuple[int, ...] = (BOX, SPHERE, CYLINDER)) -> list[Part]:
     """One part about `size` metres across."""

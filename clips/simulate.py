@@ -11,6 +11,7 @@ The same (scenario, seed, frames, size) gives the same bytes. What is true of a 
     pushed, push          id that was pushed (0 = none) and its velocity in m/s; also side (+1, -1) and strength
     contacts              [id, id, first frame step in which they touch]
     touching, fixed       pairs [id, id] that touch or are joined at frame 0; ids that cannot move
+    hidden                what no picture shows: friction and densities; none where things move along a path
     fallen                ids that lie down, or far below where they began, at the end
     poses                 [T + 1][N][7]: position and quaternion (w, x, y, z) of ids 1..N; energy [T + 1] in joules
     camera                [T + 1][4][3]: position, and the axes right, down, forward; focal length in pixels
@@ -168,6 +169,7 @@ def simulate(
         "push": push_velocity(scene).tolist(), "side": scene.side, "strength": scene.strength if pushed else 0.0,
         "contacts": sorted([min(a, b) + 1, max(a, b) + 1, t] for a, b, t in contacts),
         "touching": touching(model, scene, poses[0]),
+        "hidden": scene.hidden,
         "fixed": [i + 1 for i, thing in enumerate(scene.things) if thing.fixed],
         "fallen": (np.flatnonzero(has_fallen(poses)) + 1).tolist(), "energy": [round(e, 4) for e in energy],
         "poses": poses.round(6).tolist(), "camera": cameras.round(6).tolist(), "focal": focal,
