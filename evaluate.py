@@ -103,8 +103,11 @@ class Model:
 
 def one_arrow(scene: Scene, push: str, config: StageConfig) -> tuple[Tensor, Tensor]:
     """The one arrow that is given, the instance flow of the pushed object: F [2, H, W] and where it tells something
-    [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay."""
+    [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay; of cars, which drive by themselves,
+    the first step is told."""
     flow, ids = scene.truth[push]["flow"], scene.truth[push]["segmentation"]
+    if push == "arrow" and not scene.pushed and scene.meta[push].get("scenario") == "driving":
+        return instance_flow(flow, ids, "start"), (ids[:1] > 0).float()
     if push == "none" or not scene.pushed:
         return torch.zeros_like(flow[0]), (ids[:1] > 0).float()
     told = (ids[:1] == scene.pushed).float()
