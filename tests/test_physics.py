@@ -258,6 +258,8 @@ def test_tables_by_scenario_from_the_command_line(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, told), "--sampling-steps", "1"])
     evaluate.main()
     printed = capsys.readouterr().out.splitlines()
+    tables = [line for line in printed if line.endswith("| twin | truth |")]
+    assert len(tables) == 4 and tables[3].startswith("| Stage II given true motion: PSNR")
     head = printed.index("| flow error on moving pixels / that of zero flow ↓ | model | nothing moves | "
                          "truth through the VAE | twin | truth |")  # fmt: skip
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in printed[head + 2 : head + 6]}
@@ -267,4 +269,5 @@ def test_tables_by_scenario_from_the_command_line(tmp_path, monkeypatch, capsys)
     result = json.loads((tmp_path / "all.json").read_text())["scenarios"]
     parts = [result[name]["twin"]["epe_relative"]["value"] for name in ("collide", "roll")]
     assert result["mean"]["twin"]["epe_relative"]["value"] == pytest.approx(sum(parts) / 2)
+    assert result["driving"]["model"]["psnr"]["clips"] == 1  # nobody is pushed, but all moves
     assert "psnr" not in result["collide"]["twin"] and result["collide"]["twin"]["psnr_own"]["value"] > 10
