@@ -143,8 +143,8 @@ def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- who will be hit
 
 
-def asked(meta: dict) -> tuple[set[int], set[int]]:
-    """Of the simulator's meta: ids of which it is asked whether they will be hit, and those that are.
+def asked(meta: dict, frames: int) -> tuple[set[int], set[int]]:
+    """Of the simulator's meta: ids of which it is asked whether they will be hit in so many frames, and those that are.
 
     Asked are the things that can move, that nothing else that can move touches at frame 0 (or is joined to), and that
     do not move by themselves: pushed, falling or rolling from the first step on without a hit. Hit is what touches
@@ -153,11 +153,11 @@ def asked(meta: dict) -> tuple[set[int], set[int]]:
     poses, fixed = np.array(meta["poses"]), set(meta["fixed"])
     near = {i for pair in meta["touching"] if not fixed & set(pair) for i in pair}
     first: dict[int, int] = {}  # frame step of the first hit
-    for *pair, t in meta["contacts"]:
+    for *pair, t in (contact for contact in meta["contacts"] if contact[2] < frames - 1):
         first |= {i: min(t, first.get(i, t)) for i in pair if not fixed & set(pair)}
     among = set(range(1, poses.shape[1] + 1)) - fixed - near - {meta["pushed"]}
     by_itself = {i for i in among if first.get(i, 1) > 0 and (poses[1, i - 1] != poses[0, i - 1]).any()}
-    way = np.linalg.norm(centres(meta, -2) - centres(meta, 0), axis=1)
+    way = np.linalg.norm(centres(meta, frames - 1) - centres(meta, 0), axis=1)
     unseen = {i for i in first if way[i - 1] <= HIT}
     return among - by_itself - unseen, set(first)
 
@@ -176,7 +176,7 @@ def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
     of its pixels, by colour, comes to lie further than that; of the video alone, so that a model without flow and ids
     (One-stage*) can be compared."""
     first, figures = scene.truth["arrow"]["segmentation"][0], {}
-    among, hit = asked(scene.meta["arrow"])
+    among, hit = asked(scene.meta["arrow"], len(scene.truth["arrow"]["flow"]))
     among &= set(objects_of(first))
     if {"flow", "segmentation"} <= made.keys():
         points, owner = carry_seen(made["flow"], made["segmentation"], first)

@@ -27,11 +27,11 @@ SIZES = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 
 def meta_of(ways, contacts, touching=(), fixed=(), pushed=0, first_steps=None):
     """Things in a row, 10 m from a camera of focal length 100: 0.1 m is a pixel. ways: metres to the right till the
     end; first_steps: those of the first frame step (default: none)."""
-    poses = np.zeros((6, len(ways), 7))
+    poses = np.zeros((9, len(ways), 7))
     poses[:, :, 0], poses[..., 3] = np.arange(len(ways)), 1
     poses[1:, :, 0] += 0 if first_steps is None else first_steps
     poses[4:, :, 0] = np.arange(len(ways)) + ways
-    camera = [[[0, 0, -10], [1, 0, 0], [0, 1, 0], [0, 0, 1]]] * 6
+    camera = [[[0, 0, -10], [1, 0, 0], [0, 1, 0], [0, 0, 1]]] * 9
     told = {"contacts": contacts, "touching": list(touching), "fixed": list(fixed), "pushed": pushed}
     return told | {"poses": poses.tolist(), "camera": camera, "focal": 100.0}
 
@@ -50,7 +50,14 @@ def meta_of(ways, contacts, touching=(), fixed=(), pushed=0, first_steps=None):
     ],
 )
 def test_who_is_asked_by_hand(meta, among, hit):
-    assert metrics.asked(meta) == (among, hit)
+    assert metrics.asked(meta, 5) == (among, hit)
+
+
+def test_what_comes_after_the_last_frame_does_not_count():
+    """The thing is there at frame 4: of four frames, the last is 3. Step 3 leads out of them."""
+    meta = meta_of([5, 3, 0], [[1, 2, 2], [2, 3, 3]], pushed=1)
+    assert metrics.asked(meta, 5) == ({2}, {1, 2, 3})  # 3 is hit and does not move
+    assert metrics.asked(meta, 4) == ({3}, {1, 2})  # 2 is hit and has not moved yet
 
 
 def passing(frames=8):
@@ -190,6 +197,7 @@ def test_scenes_get_their_twin_once(tmp_path, monkeypatch):
         evaluate.add_twin(scene, tmp_path / "cache", "cpu")
     assert {name for name, scene in scenes.items() if "twin" in scene.truth} == {"collide"}
     twin = scenes["collide"].truth["twin"]
+    assert len(scenes["collide"].meta["twin"]["poses"]) == 7  # the whole scene again
     expected = simulate.simulate("collide", 9_000_002, 6, (32, 16), {"hidden": 0}).tensors()
     assert torch.equal(twin["segmentation"], expected["segmentation"][:4])
     monkeypatch.setattr(simulate, "simulate", None)
@@ -236,12 +244,14 @@ def test_of_every_car_the_first_step_is_told(tmp_path):
 
 
 def test_figures_by_scenario_and_their_mean_by_hand():
-    rows = {"model": [{"a": (1.0, 2.0)}, {"a": (4.0, 4.0)}, {"a": (3.0, 4.0)}, {"b": (1, 1, 0, 0)}, {"a": (9.0, 1.0)}]}
+    none = {"b": (1, 1, 0, 0), "c": (1, 1, 0, 0)}  # of two classes, one
+    rows = {"model": [{"a": (1.0, 2.0), "b": (1, 1, 1, 2)}, {"a": (4.0, 4.0)}, {"a": (3.0, 4.0)}, none, {"a": (9, 1)}]}
     found = metrics.by_scenario(rows, ["roll", "drop", "roll", "link", "driving"])
     value = {name: sources["model"].get("a", {}).get("value") for name, sources in found.items()}
     assert value == {"roll": pytest.approx(4 / 6), "drop": 1, "link": None, "driving": 9, "mean": pytest.approx(5 / 6)}
     mean = found["mean"]["model"]
-    assert mean["a"]["clips"] == 3 and np.isnan(mean["b"]["value"])  # nowhere two classes
+    assert mean["a"]["clips"] == 3 and np.isnan(mean["c"]["value"])
+    assert mean["b"]["value"] == 0.75 and mean["b"]["clips"] == 1 and np.isnan(found["link"]["model"]["b"]["value"])
     low, high = mean["a"]["interval"]  # drop is 1; roll, of two clips, is 1/2, 2/3 or 3/4
     assert (low, high) == (pytest.approx(3 / 4), pytest.approx(7 / 8))
     assert metrics.summarise(rows["model"][:1])["a"] == {"value": 0.5, "interval": [0.5, 0.5], "clips": 1}
