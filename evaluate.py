@@ -5,8 +5,10 @@
     python evaluate.py --table 1 --data data/train --val data/val --steps 10000       # trains what is missing
 
 A figure never stands alone. Beside the model's stand those of "still" (nothing moves: ids, depth and picture of the
-first frame repeated, flow 0), of "codec" (the truth through the VAE and back: no model with this VAE can do better)
-and of "truth" (what the measure itself says of perfect motion). Brackets are 95 % bootstrap intervals over clips.
+first frame repeated, flow 0), of "codec" (the truth through the VAE and back: no model with this VAE can do better),
+of "twin" (the scene simulated again with what no picture shows redrawn: nobody can be better for a reason) and of
+"truth" (what the measure itself says of perfect motion). Brackets are 95 % bootstrap intervals over clips. Clips of
+several scenarios have figures by scenario, and their mean.
 
 The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the instance flow of the
 object that was pushed. A careless user marks no other object: --marked pushed. The clips' own truth comes from
@@ -38,59 +40,31 @@ from tqdm import tqdm
 import metrics
 from clips import CODEC_VERSION, Clip, ClipDataset, Motion
 from instance_flow import instance_flow
-from metrics import COLUMNS, LABELS, Features, Maps, Scene, Sums, cell, extractors_of, frozen, line, markdown
+from metrics import (
+    COLUMNS,
+    LABELS,
+    Features,
+    Maps,
+    Scene,
+    Sums,
+    cell,
+    extractors_of,
+    frozen,
+    line,
+    markdown,
+    scenario_tables,
+)
 from motion_dreamer import MotionDreamer, StageConfig, dream
 from show import written_whole
 from svd import VAE, ImageEncoder
 from training.cache import fingerprint
 from training.checkpoint import seed_of
+from training.scenes import STRONGER, add_other_pushes, add_twin, truth_of
 from training.tables import TABLES, train_row
 from training.vae import round_trip
 from weights import save_safetensors
 
-STRONGER = 1.6  # how much harder the harder push is
-
-
 # -------------------------------------------------------------------------------------------------- scenes and samples
-
-
-def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene:
-    """A clip as it is. Without a simulator's meta, the object that moves most counts as the one that was pushed.
-
-    marked="pushed": its ids show the pushed object alone (where there is one), to the model and to the measures."""
-    clip = Clip.load(path, 0, frames)
-    maps = {name: value.to(device) for name, value in clip.tensors().items()}
-    meta = dict(clip.meta)
-    if "pushed" not in meta:
-        F = instance_flow(maps["flow"], maps["segmentation"]).norm(dim=0)
-        meta["pushed"] = maps["segmentation"][0].flatten()[F.argmax()].item() if F.max() > 0 else 0
-    if marked == "pushed" and meta["pushed"]:
-        maps["segmentation"] = maps["segmentation"] * (maps["segmentation"] == meta["pushed"])
-    return Scene(path, {"arrow": maps}, {"arrow": meta})
-
-
-def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
-    """Simulates the scene again with the opposite and with a harder push; without one, nothing moves.
-
-    Raises ValueError when the clip has no simulator's truth, or more frames than are looked at."""
-    meta, maps = scene.meta["arrow"], scene.truth["arrow"]
-    frames, _, height, width = maps["flow"].shape
-    if missing := {"scenario", "seed", "pushed", "side", "strength", "fallen", "poses"} - meta.keys():
-        raise ValueError(f"{scene.path}: its meta has no {', '.join(sorted(missing))}: it is not from clips.simulate")
-    if len(meta["poses"]) != frames + 1:
-        raise ValueError(f"{scene.path}: has {len(meta['poses']) - 1} frames, the model makes {frames}")
-    scene.truth["none"], scene.meta["none"] = frozen(maps), meta | {"fallen": []}
-    for kind, push in (("opposite", {"side": -meta["side"]}), ("stronger", {"strength": STRONGER * meta["strength"]})):
-        if not scene.pushed:
-            scene.truth[kind], scene.meta[kind] = maps, meta
-            continue
-        path = cache / f"{kind}-{width}x{height}x{frames}" / scene.path.name
-        if not path.exists():
-            from clips.simulate import simulate  # needs mujoco, which nothing else here does
-
-            simulate(meta["scenario"], meta["seed"], frames, (width, height), push).save(path)
-        other = truth_of(path, frames, device)
-        scene.truth[kind], scene.meta[kind] = other.truth["arrow"], other.meta["arrow"]
 
 
 def exact_features(scene: Scene) -> Tensor:
@@ -129,8 +103,11 @@ class Model:
 
 def one_arrow(scene: Scene, push: str, config: StageConfig) -> tuple[Tensor, Tensor]:
     """The one arrow that is given, the instance flow of the pushed object: F [2, H, W] and where it tells something
-    [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay."""
+    [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay; of cars, which drive by themselves,
+    the first step is told."""
     flow, ids = scene.truth[push]["flow"], scene.truth[push]["segmentation"]
+    if push == "arrow" and not scene.pushed and scene.meta[push].get("scenario") == "driving":
+        return instance_flow(flow, ids, "start"), (ids[:1] > 0).float()
     if push == "none" or not scene.pushed:
         return torch.zeros_like(flow[0]), (ids[:1] > 0).float()
     told = (ids[:1] == scene.pushed).float()
@@ -229,13 +206,14 @@ def expand(value: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 PUSHES = ("arrow", "opposite", "stronger", "none")
-BESIDE = ("still", "codec", "truth")  # what stands beside the model's figures
+BESIDE = ("still", "codec", "twin", "truth")  # what stands beside the model's figures
 Views = dict[str, Maps]  # what one source shows of a scene, by push
 Rows = dict[str, list[dict[str, Sums]]]  # by source, figures of every clip
 
 
 def views_of(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], alone: bool) -> dict[str, list[Views]]:
-    """What the model, and unless it is measured alone "still", "codec" and "truth" show of each scene."""
+    """What the model, and unless it is measured alone "still", "codec", "truth" and "twin" (if there is one) show of
+    each scene."""
     model = generated(scenes, sampler, pushes, 0)
     if alone:
         return {"model": model}
@@ -247,7 +225,16 @@ def views_of(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], alo
         told = {"told": scene.truth["arrow"]["segmentation"]}
         for views, ids in ((truth[i], told), (codec[i], told), (still[i], {"told": model[i]["arrow"].get("told")})):
             views["arrow"] = views["arrow"] | {"rgb_own": views["arrow"]["rgb"]} | ids
-    return {"model": model, "truth": truth, "still": still, "codec": codec}
+    twins = [twin_of(scene) for scene in scenes]
+    return {"model": model, "truth": truth, "still": still, "codec": codec, "twin": twins}
+
+
+def twin_of(scene: Scene) -> Views:
+    """Its video is its own: nobody tells it the true motion."""
+    if "twin" not in scene.truth:
+        return {}
+    twin = dict(scene.truth["twin"])
+    return {"arrow": twin | {"rgb_own": twin.pop("rgb"), "told": twin["segmentation"]}}
 
 
 def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int) -> list[Views]:
@@ -271,7 +258,7 @@ def measure(
     for name, seen in sources.items():
         rows[name] = [figures_of(views, scene, arguments.metrics) for views, scene in zip(seen, scenes, strict=True)]
         for views, scene in zip(seen, scenes, strict=True):
-            features.add(name, views["arrow"], scene)
+            features.add(name, views.get("arrow", {}), scene)
     if arguments.samples > 1:
         more = (generated(scenes, sampler, pushes, seed) for seed in range(1, arguments.samples))
         tries = list(zip(scenes, sources["model"], *more, strict=True))
@@ -283,6 +270,8 @@ def measure(
 
 
 def figures_of(views: Views, scene: Scene, groups: list[str]) -> dict[str, Sums]:
+    if not views:
+        return {}
     figures = metrics.physics_figures(views, scene) if "physics" in groups else {}
     return figures | (metrics.demo_figures(views, scene) if "demo" in groups else {})
 
@@ -316,14 +305,18 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     paths = clips.paths[: arguments.clips]
     sampler = sampler_of(arguments, model)
     features, rows, shared = features_of(arguments, device), {}, {} if shared is None else shared
+    scenarios: list[str] = []  # of every clip
     if alone := bool(shared):
         rows, features.found = dict(shared["rows"]), {key: dict(found) for key, found in shared["features"].items()}
 
     # A batch of clips at a time: what is true, what the model makes of it, and how far they differ.
     for i in tqdm(range(0, len(paths), arguments.batch), folder.name, unit="batch", disable=arguments.quiet):
         scenes = [truth_of(path, frames, device, arguments.marked) for path in paths[i : i + arguments.batch]]
+        scenarios += [scene.meta["arrow"].get("scenario", "") for scene in scenes]
         for scene in scenes if "demo" in arguments.metrics else []:
             add_other_pushes(scene, sampler.cache, device)
+        for scene in [] if alone else scenes:
+            add_twin(scene, sampler.cache, device, arguments.marked)
         for source, found in measure(scenes, sampler, arguments, features, alone).items():
             rows.setdefault(source, []).extend(found)
     if not alone:
@@ -337,7 +330,11 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
         "clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name, "device": device,
         "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1), "rules": rules(),
     }  # fmt: skip
-    return {"figures": figures, "settings": settings}
+    return {
+        "figures": figures,
+        "scenarios": metrics.by_scenario({source: rows[source] for source in order}, scenarios),
+        "settings": settings,
+    }
 
 
 def clips_of(arguments: argparse.Namespace, config: StageConfig) -> ClipDataset:
@@ -363,7 +360,7 @@ def features_of(arguments: argparse.Namespace, device: str) -> Features:
 def rules() -> dict[str, float]:
     """What the measures count by, from the modules that use it."""
     of = {metrics.motion: ("MOVING", "RESAMPLES"), metrics.frechet: ("SET_RESAMPLES",)}
-    of[metrics.physics] = ("TILT", "HEIGHT", "RIGHT_WAY", "CONTACT", "CONTACT_PIXELS")
+    of[metrics.physics] = ("TILT", "HEIGHT", "RIGHT_WAY", "HIT")
     return {name: getattr(module, name) for module, names in of.items() for name in names} | {"STRONGER": STRONGER}
 
 
@@ -379,7 +376,7 @@ def footnote(settings: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------- the paper's tables
 
-SHOWN = ("contacts_video", "fallen_video", "contacts", "epe_relative", "iou_last")  # beside Frechet distances
+SHOWN = ("hit_video", "fallen_video", "hit", "epe_relative", "iou_last")  # beside Frechet distances
 
 
 def table(arguments: argparse.Namespace) -> tuple[str, dict]:
@@ -459,7 +456,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("expected --model DIR or --table 1 or 3")
         arguments.val = arguments.data
         result = evaluate(arguments, Path(arguments.model))
-        text = f"{markdown(result['figures'])}\n\n{footnote(result['settings'])}"
+        scenarios = scenario_tables(result["scenarios"]) if len(result["scenarios"]) > 2 else []
+        text = "\n\n".join([*scenarios, markdown(result["figures"]), footnote(result["settings"])])
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
     written_whole(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
     print(text)

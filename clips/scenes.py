@@ -61,6 +61,13 @@ class Scene:
     scenery: list[tuple[Part, float]] = field(default_factory=list)  # fixed boxes of the background, and their grey
     truth: dict = field(default_factory=dict)  # what else belongs into the clip's meta
 
+    @property
+    def hidden(self) -> dict:
+        """What decides the motion and no picture shows."""
+        if self.path is not None:
+            return {}
+        return {"friction": self.friction, "density": [thing.density for thing in self.things]}
+
 
 def thing_of(rng: np.random.Generator, size: float, kinds: tuple[int, ...] = (BOX, SPHERE, CYLINDER)) -> list[Part]:
     """One part about `size` metres across."""
@@ -273,3 +280,18 @@ def frame_camera(scene: Scene, focal: float, size: tuple[int, int]) -> np.ndarra
         inside = (depth > 0.1) & (x > 1) & (x < size[0] - 2) & (y > 1) & (y < size[1] - 2)
         near, far = (near, middle) if inside.all() else (middle, far)
     return look(target - far * forward, forward)
+
+
+# ----------------------------------------------------------------------------------------- what the picture cannot show
+
+
+def redraw_hidden(scene: Scene, scenario: str, seed: int, k: int, frames: int) -> None:
+    """Gives the scene the friction and the densities of another draw of its scenario: a twin, which looks the same.
+
+    They come from the scenario itself, so that a twin is as likely as the scene for whoever sees only the picture.
+    What moves along a path has neither: it stays as it is."""
+    rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario), k, 1])
+    other = SCENARIOS[scenario](rng, frames)
+    scene.friction = other.friction
+    for thing in scene.things:
+        thing.density = other.things[rng.integers(len(other.things))].density

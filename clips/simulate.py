@@ -10,6 +10,8 @@ from the light, finds shadows. Flow is exact: every hit point moves rigidly with
 The same (scenario, seed, frames, size) gives the same bytes. What is true of a clip is in its `meta`:
     pushed, push          id that was pushed (0 = none) and its velocity in m/s; also side (+1, -1) and strength
     contacts              [id, id, first frame step in which they touch]
+    touching, fixed       pairs [id, id] that touch or are joined at frame 0; ids that cannot move
+    hidden                what no picture shows: friction and densities; none where things move along a path
     fallen                ids that lie down, or far below where they began, at the end
     poses                 [T + 1][N][7]: position and quaternion (w, x, y, z) of ids 1..N; energy [T + 1] in joules
     camera                [T + 1][4][3]: position, and the axes right, down, forward; focal length in pixels
@@ -32,7 +34,7 @@ from tqdm import tqdm
 from clips.camera import UP, project, rotations
 from clips.clip import Clip
 from clips.render import Look, render
-from clips.scenes import FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera
+from clips.scenes import FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera, redraw_hidden
 
 TIMESTEP = 0.0025  # of the physics
 SETTLE_TIME = 0.1  # seconds before frame 0, in which things come to rest
@@ -107,6 +109,16 @@ def roll_out(model: mujoco.MjModel, scene: Scene, frames: int) -> tuple[np.ndarr
     return np.array(poses), contacts, energy
 
 
+def touching(model: mujoco.MjModel, scene: Scene, poses: np.ndarray) -> list[list[int]]:
+    """Pairs [id, id] of things that touch at poses [N, 7], and of those that are joined."""
+    data = mujoco.MjData(model)
+    free = [i for i, thing in enumerate(scene.things) if not thing.fixed]
+    data.qpos[:] = poses[free].ravel()
+    mujoco.mj_forward(model, data)
+    pairs = model.geom_bodyid[data.contact.geom[: data.ncon]].tolist() + [[a + 1, b + 1] for a, b, _ in scene.links]
+    return [list(pair) for pair in sorted({(min(pair), max(pair)) for pair in pairs}) if min(pair) > 0]
+
+
 def has_fallen(poses: np.ndarray) -> np.ndarray:
     """[T + 1, N, 7] -> [N]: turned over by more than 30 degrees, or less than 0.7 of its height above the floor."""
     upright = (rotations(poses[0, :, 3:])[:, :, 2] * rotations(poses[-2, :, 3:])[:, :, 2]).sum(-1)
@@ -122,15 +134,16 @@ def simulate(
     """One clip. size: (width, height) in pixels, or one number for both.
 
     `push` overrides {"side": 1 or -1, "strength": m/s} of the same scene: everything else stays, so it gives the exact
-    counterfactual. Strength 0 pushes nothing. Raises ValueError for an unknown scenario, size, frames or push.
+    counterfactual. Strength 0 pushes nothing. {"hidden": k >= 0} redraws what no picture shows: a twin.
+    Raises ValueError for an unknown scenario, size, frames or push.
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario {scenario!r}: expected one of {', '.join(SCENARIOS)}")
     size = (size, size) if isinstance(size, int) else tuple(size)
     if min(size) < 8 or frames < 1 or seed < 0:
         raise ValueError(f"size {size}, frames {frames}, seed {seed}: expected 8 pixels, 1 frame, 0 at least")
-    if unknown := set(push or {}) - {"side", "strength"}:
-        raise ValueError(f"push has {', '.join(sorted(unknown))}; expected side, strength")
+    if unknown := set(push or {}) - {"side", "strength", "hidden"}:
+        raise ValueError(f"push has {', '.join(sorted(unknown))}; expected side, strength, hidden")
     rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario)])
     scene = SCENARIOS[scenario](rng, frames)
     look_ = Look.random(rng, len(scene.things), outdoors=scenario == "driving")
@@ -139,6 +152,8 @@ def simulate(
     fov = math.radians(rng.uniform(30, 40) if scenario != "driving" else 50)
     if push:
         scene.side, scene.strength = push.get("side", scene.side), push.get("strength", scene.strength)
+        if "hidden" in push:
+            redraw_hidden(scene, scenario, seed, push["hidden"], frames)
     focal = size[1] / 2 / math.tan(fov / 2)
     model = build(scene)
     if scene.path is None:
@@ -153,6 +168,9 @@ def simulate(
         "scenario": scenario, "seed": seed, "pushed": scene.pushed + 1 if pushed else 0,
         "push": push_velocity(scene).tolist(), "side": scene.side, "strength": scene.strength if pushed else 0.0,
         "contacts": sorted([min(a, b) + 1, max(a, b) + 1, t] for a, b, t in contacts),
+        "touching": touching(model, scene, poses[0]),
+        "hidden": scene.hidden,
+        "fixed": [i + 1 for i, thing in enumerate(scene.things) if thing.fixed],
         "fallen": (np.flatnonzero(has_fallen(poses)) + 1).tolist(), "energy": [round(e, 4) for e in energy],
         "poses": poses.round(6).tolist(), "camera": cameras.round(6).tolist(), "focal": focal,
         "frame_time": FRAME_TIME,

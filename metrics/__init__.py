@@ -10,10 +10,11 @@ from metrics.frechet import (
     set_distance,
     tracked_features,
 )
-from metrics.labels import COLUMNS, LABELS, cell, line, markdown
+from metrics.labels import COLUMNS, LABELS, cell, line, markdown, scenario_tables
 from metrics.motion import (
     Maps,
     Sums,
+    by_scenario,
     centroid_error,
     combine,
     depth_error,
@@ -29,16 +30,17 @@ from metrics.motion import (
 )
 from metrics.physics import (
     Scene,
+    asked,
     carry,
-    contact_pairs,
+    carry_seen,
     demo_figures,
     displacement,
     fallen_ids,
     fallen_points,
     half_time,
+    hit_figures,
     ids_by_color,
     physics_figures,
-    rasterise,
 )
 
 __all__ = [
@@ -50,11 +52,13 @@ __all__ = [
     "Scene",
     "Sums",
     "WINDOW",
+    "asked",
+    "by_scenario",
     "carry",
+    "carry_seen",
     "cell",
     "centroid_error",
     "combine",
-    "contact_pairs",
     "demo_figures",
     "depth_error",
     "displacement",
@@ -65,6 +69,7 @@ __all__ = [
     "frechet_distance",
     "frozen",
     "half_time",
+    "hit_figures",
     "id_overlap",
     "ids_by_color",
     "line",
@@ -76,7 +81,7 @@ __all__ = [
     "physics_figures",
     "psnr",
     "random_features",
-    "rasterise",
+    "scenario_tables",
     "set_distance",
     "summarise",
     "tracked_features",

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 
 LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is better
+    "hit": "will it be hit, balanced accuracy ↑",
     "ids_miou": "ids mIoU, all frames, with background ↑",
     "epe_relative": "flow error on moving pixels / that of zero flow ↓",
     "epe_moving": "flow error on moving pixels, px ↓",
     "epe_all": "flow error on all pixels, px ↓",
-    "psnr": "Stage II given true motion: PSNR, dB, pushed clips ↑",
-    "psnr_own": "Stage II given own motion: PSNR, dB, pushed clips ↑",
+    "psnr": "Stage II given true motion: PSNR, dB, clips that move ↑",
+    "psnr_own": "Stage II given own motion: PSNR, dB, clips that move ↑",
     "painted_ids": "Stage II given own motion: mIoU of ids by colour with its ids ↑",
-    "fallen_carried": "which have fallen, frame-0 ids carried by flow, balanced accuracy ↑",
-    "fallen_ids": "which have fallen, generated ids, balanced accuracy ↑",
+    "fallen_carried": "dominoes: which have fallen, frame-0 ids carried by flow, balanced accuracy ↑",
+    "fallen_ids": "dominoes: which have fallen, generated ids, balanced accuracy ↑",
     "all_right_carried": "clips with all of them right, carried ↑",
     "all_right_ids": "clips with all of them right, ids ↑",
     "gap_carried": "wide-gap clips with all of them right, carried ↑",
     "gap_ids": "wide-gap clips with all of them right, ids ↑",
     "iou_last": "mask IoU per object, last frame, ids ↑",
-    "iou_last_carried": "mask IoU per object, last frame, carried ↑",
     "silhouette_last": "silhouette IoU, last frame, ids ↑",
     "both_ways": "push and opposite push: both go the right way ↑",
     "both_all_right": "push and opposite push: all that fell right in both ↑",
@@ -31,9 +31,8 @@ LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is be
     "depth_absrel_objects": "depth AbsRel, objects ↓",
     "centroid_ade": "centroid ADE, px ↓",
     "centroid_fde": "centroid FDE, px ↓",
-    "contacts": "which pairs touch, ids and depth, balanced accuracy ↑",
-    "contacts_video": "which pairs touch, video by colour, balanced accuracy ↑",
-    "fallen_video": "which have fallen, video by colour, balanced accuracy ↑",
+    "hit_video": "will it be hit, video by colour, balanced accuracy ↑",
+    "fallen_video": "dominoes: which have fallen, video by colour, balanced accuracy ↑",
     "moved": "which objects move, carried, balanced accuracy ↑",
     "control_angle": "angle between arrow and motion, degrees ↓",
     "control_length": "length of motion / length of arrow (1)",
@@ -50,7 +49,13 @@ def cell(figure: dict | None) -> str:
     return f"{figure['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-COLUMNS = {"model": "model", "still": "nothing moves", "codec": "truth through the VAE", "truth": "truth"}
+COLUMNS = {
+    "model": "model",
+    "still": "nothing moves",
+    "codec": "truth through the VAE",
+    "twin": "twin",
+    "truth": "truth",
+}
 
 
 def line(cells: list[str]) -> str:
@@ -69,3 +74,21 @@ def markdown(figures: dict[str, dict]) -> str:
             line([LABELS.get(name, name), *(cell(found.get(name)) for found in figures.values()), str(counted)])
         )
     return "\n".join(lines)
+
+
+BY_SCENARIO = ("epe_relative", "iou_last", "hit", "psnr")
+
+
+def scenario_tables(scenarios: dict[str, dict[str, dict]]) -> list[str]:
+    """Figures by scenario, source and name -> a table for each of BY_SCENARIO that is there: a scenario a
+    line, a source a column."""
+    tables, measured = [], {name for found in scenarios.values() for figures in found.values() for name in figures}
+    for name in (name for name in BY_SCENARIO if name in measured):
+        sources = list(next(iter(scenarios.values())))
+        lines = [line([LABELS[name], *(COLUMNS.get(source, source) for source in sources)])]
+        lines.append("|---" * (len(sources) + 1) + "|")
+        lines += [
+            line([scenario, *(cell(found[s].get(name)) for s in sources)]) for scenario, found in scenarios.items()
+        ]
+        tables.append("\n".join(lines))
+    return tables

@@ -45,11 +45,12 @@ def flow_error(flow: Tensor, truth: Tensor) -> dict[str, Sums]:
 
 
 def mean_iou(ids: Tensor, truth: Tensor, background: bool = False) -> float:
-    """Intersection over union of each id that `truth` shows, averaged; ids of any shape [...]. NaN without ids."""
+    """Intersection over union of each id that `truth` shows, averaged; ids of any shape [...]. Where `truth` shows no
+    id, as when all have left the picture: 1 if `ids` shows none either, else 0."""
     present = truth.unique()
     present = present if background else present[present > 0]
     same = [((ids == i) & (truth == i)).sum() / ((ids == i) | (truth == i)).sum() for i in present]
-    return torch.stack(same).mean().item() if same else math.nan
+    return torch.stack(same).mean().item() if same else float(not ids.any())
 
 
 def id_overlap(ids: Tensor, truth: Tensor) -> dict[str, Sums]:
@@ -60,7 +61,7 @@ def id_overlap(ids: Tensor, truth: Tensor) -> dict[str, Sums]:
     figures = {
         "ids_miou": mean_iou(ids, truth, background=True),
         "iou_last": per_frame[-1],
-        "iou_mean": float(np.nanmean(per_frame)),
+        "iou_mean": float(np.mean(per_frame)),
         "silhouette_last": silhouette,
     } | {f"iou_frame_{t}": value for t, value in enumerate(per_frame)}
     return {name: mean_of(value) for name, value in figures.items()}
@@ -84,7 +85,7 @@ def depth_error(depth: Tensor, truth: Tensor, ids: Tensor) -> dict[str, Sums]:
 def centroids(ids: Tensor, objects: list[int]) -> Tensor:
     """Ids [T, H, W] -> [T, N, 2] (x, y); an object that is not seen stays where it was last (NaN: never seen)."""
     y, x = torch.meshgrid(*(torch.arange(n, device=ids.device).float() for n in ids.shape[1:]), indexing="ij")
-    masks = torch.stack([(ids == i).float() for i in objects], dim=1)  # [T, N, H, W]
+    masks = (ids[:, None] == torch.tensor(objects, device=ids.device).view(-1, 1, 1)).float()  # [T, N, H, W]
     count = masks.sum(dim=(2, 3))
     places = torch.stack([(masks * axis).sum(dim=(2, 3)) / count for axis in (x, y)], dim=-1)
     for t in range(1, len(places)):
@@ -127,15 +128,35 @@ def combine(sums: np.ndarray) -> np.ndarray:
         return (sums[..., ::2] / sums[..., 1::2]).mean(axis=-1)
 
 
-def summarise(rows: list[dict[str, Sums]]) -> dict[str, dict]:
-    """Figures by clip -> value, 95 % bootstrap interval over clips, and the number of clips that have it, by name."""
-    draws, summary = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows))), {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        size = max(len(row.get(name, ())) for row in rows)
-        sums = np.array([row.get(name, (0.0,) * size) for row in rows], float)
-        resampled = combine(sums[draws].sum(axis=1))
-        low, high = np.nanpercentile(resampled, [2.5, 97.5]) if np.isfinite(resampled).any() else (np.nan, np.nan)
-        counted = int((sums[:, 1::2].sum(axis=1) > 0).sum())
-        summary[name] = {"value": float(combine(sums.sum(axis=0))), "interval": [float(low), float(high)]}
-        summary[name]["clips"] = counted
+def summarise(*groups: list[dict[str, Sums]]) -> dict[str, dict]:
+    """Figures by clip -> value, 95 % bootstrap interval over clips, and the number of clips that have it, by name.
+
+    Of several groups of clips (scenarios): the mean over those that have the figure, clips drawn anew in each."""
+    summary = {}
+    for name in dict.fromkeys(name for rows in groups for row in rows for name in row):
+        values, resampled, counted = [], [], 0
+        for k, rows in enumerate(rows for rows in groups if any(name in row for row in rows)):
+            size = max(len(row.get(name, ())) for row in rows)
+            sums = np.array([row.get(name, (0.0,) * size) for row in rows], float)
+            draws = np.random.default_rng([0, k]).integers(len(rows), size=(RESAMPLES, len(rows)))
+            value = combine(sums.sum(axis=0))
+            if len(groups) > 1 and np.isnan(value):
+                continue
+            values.append(value)
+            resampled.append(combine(sums[draws].sum(axis=1)))
+            counted += int((sums[:, 1::2].sum(axis=1) > 0).sum())
+        means = np.mean(resampled, axis=0) if resampled else np.full(1, np.nan)
+        low, high = np.nanpercentile(means, [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
+        value = float(np.mean(values)) if values else math.nan
+        summary[name] = {"value": value, "interval": [float(low), float(high)], "clips": counted}
     return summary
+
+
+def by_scenario(rows: dict[str, list[dict[str, Sums]]], scenarios: list[str]) -> dict[str, dict[str, dict]]:
+    """Figures of every clip by source, and the clips' scenarios -> `summarise` by scenario and source, and as "mean"
+    that of all scenarios but driving, whose camera moves, too."""
+    places = {name: [i for i, of in enumerate(scenarios) if of == name] for name in dict.fromkeys(scenarios)}
+    picked = {name: {source: [some[i] for i in ours] for source, some in rows.items()} for name, ours in places.items()}
+    found = {name: {source: summarise(some) for source, some in parts.items()} for name, parts in picked.items()}
+    rest = [parts for name, parts in picked.items() if name != "driving"]
+    return found | {"mean": {source: summarise(*(parts[source] for parts in rest)) for source in rows}}

@@ -1,4 +1,4 @@
-"""What happened to objects, against the simulator's truth: who fell, who touched whom, who was pushed where.
+"""What happened to objects, against the simulator's truth: who fell, who was hit, who was pushed where.
 
 Symbols, `Maps` and `Sums` as in motion.py.
 """
@@ -15,9 +15,11 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from metrics.motion import (
+    MOVING,
     Maps,
     Sums,
     centroid_error,
+    centroids,
     depth_error,
     flow_error,
     id_overlap,
@@ -27,41 +29,47 @@ from metrics.motion import (
     psnr,
     two_classes,
 )
-from metrics.trackers import chain_flow
+from metrics.trackers import chain_flow, sample_at
 
 TILT = 30.0  # degrees from the vertical: what leans more has fallen (as `simulate.has_fallen`)
 HEIGHT = 0.85  # of the height in the first frame: what is lower has fallen
 RIGHT_WAY = 0.25  # of the true displacement along its direction: what moves as far goes the right way
-CONTACT = 0.02  # of the distance: neighbouring pixels of two objects that differ by less in depth touch
-CONTACT_PIXELS = 5  # so many of them make a contact (0.999 balanced accuracy on true masks and depth)
+HIT = 2.0  # pixels: what is hit moves by more
 
 
 # ------------------------------------------------------------------------------------------- what happened to an object
 
 
+def points_of(first: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [H, W] -> points [K, 2] (x, y), four in each pixel of an object, and their ids [K]."""
+    y, x = first.nonzero(as_tuple=True)
+    quarter = torch.tensor([[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]], device=first.device)
+    return (torch.stack([x, y], dim=-1)[:, None] + quarter).flatten(0, 1), first[y, x].repeat_interleave(4)
+
+
 def carry(flow: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """Carries what is seen in the first frame along chained flow: flow [T, 2, H, W], ids [H, W] -> points [T, K, 2]
     (x, y), four in each pixel of an object, and their ids [K]."""
-    y, x = first.nonzero(as_tuple=True)
-    quarter = torch.tensor([[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]], device=flow.device)
-    points = (torch.stack([x, y], dim=-1)[:, None] + quarter).flatten(0, 1)
-    return chain_flow(flow, points), first[y, x].repeat_interleave(4)
+    points, owner = points_of(first)
+    return chain_flow(flow, points), owner
 
 
-def rasterise(points: Tensor, owner: Tensor, depth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Points [K, 2] with ids [K] and depth [K] -> ids [H, W]; the nearer point wins. A gap of one pixel between two
-    pixels of the same object, above and below or left and right, is filled."""
-    height, width = size
-    x, y = points.round().long().T
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    cell, far_first = (y * width + x)[inside], depth[inside].argsort(descending=True)
-    rank = torch.full((height * width,), -1, device=points.device)
-    rank.scatter_reduce_(0, cell[far_first], torch.arange(len(cell), device=points.device), "amax")
-    ids = torch.where(rank >= 0, owner[inside][far_first][rank.clamp(min=0)] if len(cell) else 0, 0).view(size)
-    around = nnf.pad(ids, (1, 1, 1, 1))
-    for a, b in ((around[1:-1, :-2], around[1:-1, 2:]), (around[:-2, 1:-1], around[2:, 1:-1])):
-        ids = torch.where((ids == 0) & (a == b), a, ids)
-    return ids
+def carry_seen(flow: Tensor, ids: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:
+    """As `carry` (without ids: the same), but a point follows the flow only where ids [T, H, W] show its own object;
+    elsewhere something hides it, whose flow is not its own, and it moves with the mean of its object's seen points (if
+    none is seen, it stays)."""
+    if ids is None:
+        return carry(flow, first)
+    points, owner = points_of(first)
+    own, (height, width), tracks = nnf.one_hot(owner).to(flow), first.shape, [points.to(flow)]
+    for step, shown in zip(flow[:-1], ids[:-1], strict=True):
+        x, y = tracks[-1].round().long().T
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        seen = inside & (shown[y.clamp(0, height - 1), x.clamp(0, width - 1)] == owner)
+        way = sample_at(step[None], tracks[-1][None], "border")[0].T
+        mean = (own * seen[:, None]).T @ way / (own * seen[:, None]).sum(dim=0).clamp(min=1)[:, None]
+        tracks.append(tracks[-1] + torch.where(seen[:, None], way, mean[owner]))
+    return torch.stack(tracks), owner
 
 
 def lies(before: Tensor, after: Tensor) -> bool:
@@ -111,20 +119,6 @@ def half_time(flow: Tensor) -> float:
     return float(np.interp(done[-1] / 2, done, np.arange(len(done)))) if done[-1] > 0 else math.nan
 
 
-def contact_pairs(ids: Tensor, depth: Tensor) -> set[tuple[int, int]]:
-    """Pairs of objects that touch: five or more pairs of neighbouring pixels, in all frames together, of ids [T, H, W]
-    whose depths [T, H, W] differ by less than 2 % of the distance."""
-    found, (height, width) = [], ids.shape[1:]
-    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        here = (slice(None), slice(0, height - dy), slice(max(0, -dx), width - max(0, dx)))
-        there = (slice(None), slice(dy, height), slice(max(0, dx), width + min(0, dx)))
-        a, b = ids[here], ids[there]
-        touch = (a != b) & (a > 0) & (b > 0) & ((depth[here] - depth[there]).abs() < CONTACT * depth[here])
-        found.append(torch.stack([a[touch], b[touch]], dim=1).sort(dim=1).values)
-    pairs, count = torch.cat(found).unique(dim=0, return_counts=True)
-    return {tuple(pair) for pair in pairs[count >= CONTACT_PIXELS].tolist()}
-
-
 def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
     """Video [T, 3, H, W] -> ids [T, H, W]: each pixel goes to the object, or background, that has the nearest colour
     in the first frame, where ids [H, W] are known; then twice to the majority of its 3 x 3 neighbours, in which it has
@@ -146,6 +140,56 @@ def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
     return ids[nearest]
 
 
+# -------------------------------------------------------------------------------------------------- who will be hit
+
+
+def asked(meta: dict, frames: int) -> tuple[set[int], set[int]]:
+    """Of the simulator's meta: ids of which it is asked whether they will be hit in so many frames, and those that are.
+
+    Asked are the things that can move, that nothing else that can move touches at frame 0 (or is joined to), and that
+    do not move by themselves: pushed, falling or rolling from the first step on without a hit. Hit is what touches
+    another thing that can move. A hit that shifts it by no more than HIT pixels (of the projected centre, by the
+    simulator) does not show and is not asked: a heavy thing on which a light one falls."""
+    poses, fixed = np.array(meta["poses"]), set(meta["fixed"])
+    near = {i for pair in meta["touching"] if not fixed & set(pair) for i in pair}
+    first: dict[int, int] = {}  # frame step of the first hit
+    for *pair, t in (contact for contact in meta["contacts"] if contact[2] < frames - 1):
+        first |= {i: min(t, first.get(i, t)) for i in pair if not fixed & set(pair)}
+    among = set(range(1, poses.shape[1] + 1)) - fixed - near - {meta["pushed"]}
+    by_itself = {i for i in among if first.get(i, 1) > 0 and (poses[1, i - 1] != poses[0, i - 1]).any()}
+    way = np.linalg.norm(centres(meta, frames - 1) - centres(meta, 0), axis=1)
+    unseen = {i for i in first if way[i - 1] <= HIT}
+    return among - by_itself - unseen, set(first)
+
+
+def centres(meta: dict, t: int) -> np.ndarray:
+    """Where the middles of things 1..N are in the picture of frame t, [N, 2] (x, y) from the middle of the picture."""
+    camera = np.array(meta["camera"][t])
+    right, down, forward = camera[1:] @ (np.array(meta["poses"][t])[:, :3] - camera[0]).T
+    return meta["focal"] * np.stack([right, down], axis=1) / forward[:, None]
+
+
+def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
+    """Will it be hit? Balanced accuracy over the things of which it is asked (`asked`) and that the first frame shows.
+
+    hit: said is yes where the mean way of a thing's carried mask is longer than HIT pixels. hit_video: where the middle
+    of its pixels, by colour, comes to lie further than that; of the video alone, so that a model without flow and ids
+    (One-stage*) can be compared."""
+    first, figures = scene.truth["arrow"]["segmentation"][0], {}
+    among, hit = asked(scene.meta["arrow"], len(scene.truth["arrow"]["flow"]))
+    among &= set(objects_of(first))
+    if {"flow", "segmentation"} <= made.keys():
+        points, owner = carry_seen(made["flow"], made["segmentation"], first)
+        said = {i for i in among if displacement(points, owner, i).norm() > HIT}
+        figures["hit"] = two_classes(said, hit, among)
+    if among and "rgb_own" in made:
+        before, after = centroids(ids_by_color(made["rgb_own"], first)[[0, -1]], sorted(among))
+        far = (after - before).norm(dim=-1) > HIT
+        said = {i for i, is_far in zip(sorted(among), far.tolist(), strict=True) if is_far}
+        figures["hit_video"] = two_classes(said, hit, among)
+    return figures
+
+
 # ------------------------------------------------------------------------------------- what the figures are, by clip
 
 
@@ -154,19 +198,24 @@ class Scene:
     """A held-out clip and what else would have happened there: truth by kind of push, and the simulator's meta."""
 
     path: Path
-    truth: dict[str, Maps]  # "arrow" (the clip itself), "opposite", "stronger", "none"
+    truth: dict[str, Maps]  # "arrow" (the clip itself), "opposite", "stronger", "none"; "twin"
     meta: dict[str, dict]
 
     @property
     def pushed(self) -> int:
         return self.meta["arrow"]["pushed"]
 
+    @property
+    def rows(self) -> bool:
+        """Whether it is asked who falls: of the simulator's dominoes, since a ball, say, neither stands nor falls."""
+        meta = self.meta["arrow"]
+        return meta.get("scenario") == "dominoes" and "fallen" in meta
+
 
 def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     """Generated maps (of the clip's own push) against the truth, pixel by pixel, object by object.
 
-    contacts: from ids and depth. contacts_video, fallen_video: from the video alone, by colour, so that a model without
-    ids and depth (One-stage*) can be compared."""
+    fallen_video: from the video alone, by colour, for a model without ids."""
     made, true, meta = made["arrow"], scene.truth["arrow"], scene.meta["arrow"]
     objects, figures = objects_of(true["segmentation"][0]), {}
     if "segmentation" in made:
@@ -175,33 +224,29 @@ def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     if "depth" in made:
         figures |= depth_error(made["depth"], true["depth"], true["segmentation"])
     if "flow" in made:
-        figures |= flow_error(made["flow"], true["flow"]) | object_motion(made["flow"], scene)
-    if "fallen" in meta:
+        figures |= flow_error(made["flow"], true["flow"]) | object_motion(made, scene)
+    if {"touching", "fixed", "poses", "contacts"} <= meta.keys():
+        figures |= hit_figures(made, scene)
+    if scene.rows:
         figures |= fallen_figures(made, scene)
-    if "contacts" in meta:
-        pairs = {(a, b) for a in objects for b in objects if a < b}
-        touching = {(a, b) for a, b, _ in meta["contacts"] if a > 0}
-        if {"segmentation", "depth"} <= made.keys():
-            figures["contacts"] = two_classes(contact_pairs(made["segmentation"], made["depth"]), touching, pairs)
-        if objects and "rgb_own" in made:  # of a video, only what overlaps in the picture is seen
-            seen = ids_by_color(made["rgb_own"], true["segmentation"][0])
-            found = contact_pairs(seen, torch.ones_like(seen, dtype=torch.float32))
-            figures["contacts_video"] = two_classes(found, touching, pairs)
-            fallen = set(meta["fallen"]) & set(objects)
-            figures["fallen_video"] = two_classes(fallen_ids(true["segmentation"][0], seen[-1]), fallen, objects)
+        if objects and "rgb_own" in made:
+            last, fallen = ids_by_color(made["rgb_own"], true["segmentation"][0])[-1], set(meta["fallen"])
+            said = fallen_ids(true["segmentation"][0], last)
+            figures["fallen_video"] = two_classes(said, fallen & set(objects), objects)
     return figures
 
 
-def object_motion(flow: Tensor, scene: Scene) -> dict[str, Sums]:
-    """Which objects move, by points carried along the flow [T, 2, H, W]; and how the pushed object obeys its arrow:
+def object_motion(made: Maps, scene: Scene) -> dict[str, Sums]:
+    """Which objects move, by carried points; and how the pushed object obeys its arrow:
     angle in degrees between arrow and mean flow, and the ratio of their lengths."""
     true = scene.truth["arrow"]
     first = true["segmentation"][0]
-    points, owner = carry(flow, first)
-    truly = moved_ids(*carry(true["flow"], first))
+    points, owner = carry_seen(made["flow"], made.get("segmentation"), first)
+    true_points, _ = carry_seen(true["flow"], true["segmentation"], first)
+    truly = moved_ids(true_points, owner)
     figures = {"moved": two_classes(moved_ids(points, owner), truly, objects_of(first))}
     if scene.pushed:
-        arrow = displacement(*carry(true["flow"], first), scene.pushed)
+        arrow = displacement(true_points, owner, scene.pushed)
         way = displacement(points, owner, scene.pushed)
         cosine = (way @ arrow / (way.norm() * arrow.norm()).clamp(min=1e-6)).clamp(-1, 1)
         figures["control_angle"] = mean_of(math.degrees(math.acos(cosine)))
@@ -232,12 +277,12 @@ def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     both_ways: the pushed object goes at least a quarter of its true way along the true direction, for the push and
     for its opposite. both_all_right: for both, exactly those that should have fallen have. standing: when all are told
     to stay, objects that do not fall. quiet: mean |O| then over mean |O| with the arrow. sooner: with the harder push,
-    half of all motion is done earlier than with the given one. A model that cannot be told to stay makes no "none" and
-    has neither standing nor quiet."""
+    half of all motion is done earlier than with the given one. All but both_ways are of dominoes alone. A model that
+    cannot be told to stay makes no "none" and has neither standing nor quiet."""
     first, flows = scene.truth["arrow"]["segmentation"][0], {name: maps["flow"] for name, maps in made.items()}
     carried = {name: carry(flow, first) for name, flow in flows.items()}
     figures, count = {}, len(objects_of(first))
-    if "none" in made:
+    if scene.rows and "none" in made:
         figures["standing"] = (count - len(fallen_points(*carried["none"])), count)
     if scene.pushed:
         ways, right = [], []
@@ -245,7 +290,9 @@ def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
             true = displacement(*carry(scene.truth[name]["flow"], first), scene.pushed)
             ways.append(right_way(displacement(*carried[name], scene.pushed), true))
             right.append(fallen_points(*carried[name]) == set(scene.meta[name]["fallen"]) & set(objects_of(first)))
-        figures |= {"both_ways": mean_of(all(ways)), "both_all_right": mean_of(all(right))}
+        figures["both_ways"] = mean_of(all(ways))
+    if scene.pushed and scene.rows:
+        figures["both_all_right"] = mean_of(all(right))
         if "none" in made:
             figures["quiet"] = tuple(flows[name].norm(dim=1).mean().item() for name in ("none", "arrow"))
         times = [half_time(flows[name]) for name in ("stronger", "arrow")]
@@ -257,17 +304,16 @@ def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     """Everything that the demo model is judged by. made: maps by push; "rgb" of "arrow" is painted from true motion,
     "rgb_own" from the source's own, whose ids are "told" (None: without ids)."""
     arrow, true = made["arrow"], scene.truth["arrow"]
-    figures, first = fallen_figures(arrow, scene), true["segmentation"][0]
+    figures, first = fallen_figures(arrow, scene) if scene.rows else {}, true["segmentation"][0]
     if "segmentation" in arrow:
         figures |= id_overlap(arrow["segmentation"], true["segmentation"])
+    if {"touching", "fixed", "poses", "contacts"} <= scene.meta["arrow"].keys():
+        figures |= hit_figures(arrow, scene)
     if "flow" in arrow:
-        figures |= flow_error(arrow["flow"], true["flow"]) | other_pushes(made, scene)
-        points, owner = carry(arrow["flow"], first)
-        y, x = first.nonzero(as_tuple=True)
-        last = rasterise(points[-1], owner, true["depth"][0, y, x].repeat_interleave(4), first.shape)
-        figures["iou_last_carried"] = mean_of(mean_iou(last, true["segmentation"][-1]))
-    if scene.pushed:  # where nothing is pushed, a still picture is perfect, and its decibels would drown the others
-        figures["psnr"] = mean_of(psnr(arrow["rgb"], true["rgb"]))
+        figures |= flow_error(arrow["flow"], true["flow"])
+        figures |= other_pushes(made, scene) if {"opposite", "stronger"} <= made.keys() else {}
+    if (true["flow"].norm(dim=1) > MOVING).any():  # else a still picture is perfect: its decibels drown the others
+        figures |= {"psnr": mean_of(psnr(arrow["rgb"], true["rgb"]))} if "rgb" in arrow else {}
         figures["psnr_own"] = mean_of(psnr(arrow["rgb_own"], true["rgb"]))
     if arrow["told"] is not None:
         seen = ids_by_color(arrow["rgb_own"], first)

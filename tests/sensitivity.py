@@ -23,8 +23,8 @@ SHOWN = (
     "iou_mean",
     "centroid_ade",
     "depth_absrel_objects",
-    "contacts",
-    "contacts_video",
+    "hit",
+    "hit_video",
     "fallen_video",
 )
 

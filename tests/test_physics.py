@@ -1,0 +1,283 @@
+"""Who will be hit, twins and figures by scenario: against loops, cases made by hand, and the simulator."""
+
+import json
+import sys
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
+
+import evaluate
+import metrics
+from evaluate import truth_of
+from metrics import Scene, frozen
+from motion_dreamer import STAGE1, STAGE2
+
+simulate = pytest.importorskip("clips.simulate")
+from clips import Clip  # noqa: E402 (after the simulator, without which nothing here runs)
+
+SIZES = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}  # of the model that is measured
+
+# ------------------------------------------------------------------------------------------------ who will be hit
+
+
+def meta_of(ways, contacts, touching=(), fixed=(), pushed=0, first_steps=None):
+    """Things in a row, 10 m from a camera of focal length 100: 0.1 m is a pixel. ways: metres to the right till the
+    end; first_steps: those of the first frame step (default: none)."""
+    poses = np.zeros((9, len(ways), 7))
+    poses[:, :, 0], poses[..., 3] = np.arange(len(ways)), 1
+    poses[1:, :, 0] += 0 if first_steps is None else first_steps
+    poses[4:, :, 0] = np.arange(len(ways)) + ways
+    camera = [[[0, 0, -10], [1, 0, 0], [0, 1, 0], [0, 0, 1]]] * 9
+    told = {"contacts": contacts, "touching": list(touching), "fixed": list(fixed), "pushed": pushed}
+    return told | {"poses": poses.tolist(), "camera": camera, "focal": 100.0}
+
+
+@pytest.mark.parametrize(
+    "meta, among, hit",
+    [
+        (meta_of([5, 3, 0], [[1, 2, 1]], pushed=1), {2, 3}, {1, 2}),  # what is pushed is not asked
+        (meta_of([5, 3, 0], [[1, 2, 1]], touching=[[2, 3]], pushed=1), set(), {1, 2}),
+        (meta_of([5, 3, 0], [[1, 2, 1]], touching=[[2, 3]], fixed=[3], pushed=1), {2}, {1, 2}),  # it lies on a ramp
+        (meta_of([5, 0, 0], [[1, 2, 1]], fixed=[2], pushed=1), {3}, set()),  # a wall is neither hit nor asked
+        (meta_of([5, 0.19, 0], [[1, 2, 1]], pushed=1), {3}, {1, 2}),  # 1.9 pixels do not show
+        (meta_of([5, 0.21, 0], [[1, 2, 1]], pushed=1), {2, 3}, {1, 2}),
+        (meta_of([5, 3, 0], [[1, 2, 3]], first_steps=[0.1, 0.1, 0]), {3}, {1, 2}),  # both fall by themselves
+        (meta_of([5, 3, 0], [[1, 2, 0]], first_steps=[0.1, 0.1, 0], pushed=1), {2, 3}, {1, 2}),  # hit in the first step
+    ],
+)
+def test_who_is_asked_by_hand(meta, among, hit):
+    assert metrics.asked(meta, 5) == (among, hit)
+
+
+def test_what_comes_after_the_last_frame_does_not_count():
+    """The thing is there at frame 4: of four frames, the last is 3. Step 3 leads out of them."""
+    meta = meta_of([5, 3, 0], [[1, 2, 2], [2, 3, 3]], pushed=1)
+    assert metrics.asked(meta, 5) == ({2}, {1, 2, 3})  # 3 is hit and does not move
+    assert metrics.asked(meta, 4) == ({3}, {1, 2})  # 2 is hit and has not moved yet
+
+
+def passing(frames=8):
+    """A block of id 1 passes in front of id 2, which rests; flow and ids are exact."""
+    ids, flow = torch.zeros(frames, 12, 40, dtype=torch.long), torch.zeros(frames, 2, 12, 40)
+    for t in range(frames):
+        ids[t, 4:8, 16:22] = 2
+        ids[t, 2:10, 4 * t : 4 * t + 8] = 1
+        flow[t, 0][ids[t] == 1] = 4
+    return flow, ids
+
+
+def test_what_is_hidden_stays_with_its_object():
+    """A loop over points says where they go; plain chained flow drags the hidden thing along."""
+    flow, ids = passing()
+    points, owner = metrics.carry_seen(flow, ids, ids[0])
+    place, expected = points[0].clone(), [points[0]]
+    for t in range(7):
+        steps = [None] * len(place)
+        for k, (x, y) in enumerate(place.round().long().tolist()):
+            if 0 <= x < 40 and ids[t, y, x] == owner[k]:
+                steps[k] = torch.tensor([4.0 if owner[k] == 1 else 0.0, 0.0])
+        for i in (1, 2):
+            seen = [step for k, step in enumerate(steps) if owner[k] == i and step is not None]
+            mean = torch.stack(seen).mean(0) if seen else torch.zeros(2)
+            steps = [mean if owner[k] == i and step is None else step for k, step in enumerate(steps)]
+        place = place + torch.stack(steps)
+        expected.append(place)
+    inside = metrics.displacement(torch.stack(expected), owner, 2)
+    assert inside.norm() == 0 and metrics.displacement(points, owner, 2).norm() < 1  # a pixel at the edge mixes flows
+    dragged = metrics.displacement(*metrics.carry(flow, ids[0]), 2)
+    assert dragged.norm() > 2
+    gone = metrics.displacement(points, owner, 1) - metrics.displacement(torch.stack(expected), owner, 1)
+    assert gone.norm() < 2
+    assert torch.equal(metrics.carry_seen(flow, None, ids[0])[0], metrics.carry(flow, ids[0])[0])
+
+
+def test_will_it_be_hit_by_hand():
+    """1 passes in front of 2 and hits nothing: whoever says that 2 moves is wrong."""
+    flow, ids = passing()
+    color = torch.tensor([[-0.8, -0.8, -0.8], [0.9, -0.5, 0.0], [0.0, 0.9, -0.5]])
+    rgb = color[ids].movedim(-1, 1)
+    meta = meta_of([2.8, 0], [], pushed=1)
+    made = {"flow": flow, "segmentation": ids, "rgb_own": rgb}
+    scene = Scene(None, {"arrow": made}, {"arrow": meta})
+    assert metrics.hit_figures(made, scene) == {"hit": (0, 0, 1, 1), "hit_video": (0, 0, 1, 1)}
+    moved = ids.clone()
+    moved[-1, 4:8, 16:22], moved[-1, 4:8, 8:14] = 0, 2
+    wrong = flow.clone()
+    wrong[:, 0][ids == 2] = 1.0
+    made = {"flow": wrong, "segmentation": ids, "rgb_own": color[moved].movedim(-1, 1)}
+    assert metrics.hit_figures(made, scene) == {"hit": (0, 0, 0, 1), "hit_video": (0, 0, 0, 1)}
+    scene.meta["arrow"] = meta_of([2.8, 1], [[1, 2, 3]], pushed=1)  # now it is hit
+    assert metrics.hit_figures(made, scene) == {"hit": (1, 1, 0, 0), "hit_video": (1, 1, 0, 0)}
+    assert "hit" not in metrics.hit_figures({"rgb_own": rgb}, scene)
+
+
+def hit_sums(scenario, seeds):
+    right, still = np.zeros(4), np.zeros(4)
+    for seed in seeds:
+        clip = simulate.simulate(scenario, seed, 16, (128, 64))
+        maps = clip.tensors()
+        scene = Scene(None, {"arrow": maps}, {"arrow": clip.meta})
+        right += metrics.hit_figures(maps, scene)["hit"]
+        still += metrics.hit_figures(frozen(maps), scene)["hit"]
+    return right, still
+
+
+@pytest.mark.parametrize("scenario", ["collide", "roll"])
+def test_the_truth_knows_who_is_hit_and_a_still_picture_does_not(scenario):
+    right, still = hit_sums(scenario, range(9_000_100, 9_000_110))
+    assert right[1] >= 2 and right[3] >= 2
+    assert metrics.combine(right) >= 0.95 and metrics.combine(still) == 0.5
+
+
+def test_pairs_that_touch_and_things_that_are_fixed():
+    """Of balls and boxes, touching is a matter of distances."""
+    meta = simulate.simulate("support", 1, 1, (16, 8)).meta
+    height = np.array(meta["poses"])[0, :, 2]
+    order = (np.argsort(height) + 1).tolist()
+    assert meta["touching"] == sorted(sorted(pair) for pair in zip(order, order[1:], strict=False))
+    assert meta["fixed"] == []
+    for seed in range(3):
+        meta = simulate.simulate("dominoes", seed, 1, (16, 8)).meta
+        assert meta["touching"] == []  # they stand apart
+    meta = simulate.simulate("link", 1, 1, (16, 8)).meta
+    place = np.array(meta["poses"])[0, :, :3]
+    pairs = {(a, b): np.linalg.norm(place[a - 1] - place[b - 1]) for a, b in combinations(range(1, len(place) + 1), 2)}
+    nearest = min(pairs.values())
+    assert meta["touching"] == [list(pair) for pair, far in pairs.items() if far < 1.1 * nearest]
+    meta = simulate.simulate("roll", 1, 1, (16, 8)).meta
+    assert len(meta["fixed"]) == 1 and [sorted([meta["pushed"], *meta["fixed"]])] == meta["touching"]
+
+
+# ----------------------------------------------------------------------------------------------------------- twins
+
+
+@pytest.mark.parametrize("scenario", ["collide", "support"])
+def test_a_twin_looks_the_same_and_goes_another_way(scenario):
+    clip = simulate.simulate(scenario, 9_000_001, 8, (48, 24))
+    twins = [simulate.simulate(scenario, 9_000_001, 8, (48, 24), {"hidden": k}) for k in (0, 0, 1)]
+    assert twins[0].meta == twins[1].meta and twins[0].meta["hidden"] != twins[2].meta["hidden"]
+    for twin in twins:
+        assert (twin.rgb[0] == clip.rgb[0]).all() and (twin.segmentation[0] == clip.segmentation[0]).all()
+        for name in ("push", "pushed", "side", "strength", "camera", "focal", "fixed", "touching"):
+            assert twin.meta[name] == clip.meta[name]
+        np.testing.assert_allclose(twin.meta["poses"][0], clip.meta["poses"][0], atol=1e-4)
+        assert twin.meta["hidden"]["friction"] != clip.meta["hidden"]["friction"]
+        assert np.abs(np.array(twin.meta["poses"])[-1] - np.array(clip.meta["poses"])[-1]).max() > 0.01
+
+
+def test_a_twin_has_friction_and_densities_of_its_scenario(monkeypatch):
+    scene = simulate.SCENARIOS["collide"]
+
+    def with_densities(rng, frames):
+        made = scene(rng, frames)
+        for thing in made.things:
+            thing.density = rng.uniform(200, 600)
+        return made
+
+    monkeypatch.setitem(simulate.SCENARIOS, "collide", with_densities)
+    told = [simulate.simulate("collide", 3, 1, (16, 8), {"hidden": k}).meta["hidden"] for k in range(8)]
+    densities = [density for hidden in told for density in hidden["density"]]
+    assert len(set(densities)) > 8 and 200 < min(densities) < max(densities) < 600
+    friction = [hidden["friction"] for hidden in told]
+    assert len(set(friction)) == 8 and 0.15 < min(friction) < max(friction) < 0.3
+
+
+def test_scenes_get_their_twin_once(tmp_path, monkeypatch):
+    for scenario in ("collide", "driving"):
+        simulate.simulate(scenario, 9_000_002, 6, (32, 16)).save(tmp_path / f"{scenario}.safetensors")
+    moving_squares(0, 6, 16, 32).save(tmp_path / "foreign.safetensors")
+    mirrored = Clip.load(tmp_path / "collide.safetensors").mirrored()
+    mirrored.save(tmp_path / "mirrored.safetensors")
+    scenes = {path.stem: truth_of(path, 4, "cpu") for path in tmp_path.glob("*.safetensors")}  # the first 4 frames
+    for scene in scenes.values():
+        evaluate.add_twin(scene, tmp_path / "cache", "cpu")
+    assert {name for name, scene in scenes.items() if "twin" in scene.truth} == {"collide"}
+    twin = scenes["collide"].truth["twin"]
+    assert len(scenes["collide"].meta["twin"]["poses"]) == 7  # the whole scene again
+    expected = simulate.simulate("collide", 9_000_002, 6, (32, 16), {"hidden": 0}).tensors()
+    assert torch.equal(twin["segmentation"], expected["segmentation"][:4])
+    monkeypatch.setattr(simulate, "simulate", None)
+    again = truth_of(tmp_path / "collide.safetensors", 4, "cpu")
+    evaluate.add_twin(again, tmp_path / "cache", "cpu")
+    assert torch.equal(again.truth["twin"]["flow"], twin["flow"])
+
+
+# ---------------------------------------------------------------------------------------- what is defined everywhere
+
+
+def test_overlap_where_nothing_is_left():
+    empty, some = torch.zeros(2, 3, 4, dtype=torch.long), torch.ones(2, 3, 4, dtype=torch.long)
+    assert metrics.mean_iou(empty, empty) == 1 and metrics.mean_iou(some, empty) == 0
+    leaving = torch.stack([some[0], empty[0]])
+    found = metrics.id_overlap(leaving, leaving)
+    assert {metrics.combine(np.array(found[name])) for name in ("iou_last", "iou_mean", "silhouette_last")} == {1.0}
+    found = metrics.id_overlap(some, leaving)
+    assert found["iou_last"] == (0, 1) and found["iou_mean"] == (0.5, 1)
+    assert metrics.centroid_error(empty, empty, [])["centroid_ade"] == (0, 0)  # says nothing
+
+
+def test_who_falls_is_asked_of_dominoes_alone():
+    for scenario in ("dominoes", "collide"):
+        clip = simulate.simulate(scenario, 9_000_001, 8, (48, 24))
+        maps = clip.tensors()
+        scene = Scene(None, {"arrow": maps}, {"arrow": clip.meta})
+        figures = metrics.physics_figures({"arrow": maps | {"rgb_own": maps["rgb"]}}, scene)
+        asked = {name for name in figures if name.startswith(("fallen", "all_right"))}
+        assert bool(asked) == (scenario == "dominoes") and "hit" in figures
+
+
+def test_of_every_car_the_first_step_is_told(tmp_path):
+    simulate.simulate("driving", 9_000_003, 4, (96, 48)).save(tmp_path / "drive.safetensors")
+    scene = truth_of(tmp_path / "drive.safetensors", 4, "cpu")
+    flow, ids = (scene.truth["arrow"][name] for name in ("flow", "segmentation"))
+    F, mask = evaluate.one_arrow(scene, "arrow", STAGE1)
+    assert torch.equal(mask, (ids[:1] > 0).float()) and (ids[0] > 0).any()
+    for i in range(1, int(ids.max()) + 1):
+        where = ids[0] == i
+        if where.any():
+            assert (F[:, where] - flow[0][:, where].mean(dim=1, keepdim=True)).abs().max() < 1e-4
+    assert F.norm(dim=0).max() > 0.2 and (F[:, ids[0] == 0] == 0).all()
+
+
+def test_figures_by_scenario_and_their_mean_by_hand():
+    none = {"b": (1, 1, 0, 0), "c": (1, 1, 0, 0)}  # of two classes, one
+    rows = {"model": [{"a": (1.0, 2.0), "b": (1, 1, 1, 2)}, {"a": (4.0, 4.0)}, {"a": (3.0, 4.0)}, none, {"a": (9, 1)}]}
+    found = metrics.by_scenario(rows, ["roll", "drop", "roll", "link", "driving"])
+    value = {name: sources["model"].get("a", {}).get("value") for name, sources in found.items()}
+    assert value == {"roll": pytest.approx(4 / 6), "drop": 1, "link": None, "driving": 9, "mean": pytest.approx(5 / 6)}
+    mean = found["mean"]["model"]
+    assert mean["a"]["clips"] == 3 and np.isnan(mean["c"]["value"])
+    assert mean["b"]["value"] == 0.75 and mean["b"]["clips"] == 1 and np.isnan(found["link"]["model"]["b"]["value"])
+    low, high = mean["a"]["interval"]  # drop is 1; roll, of two clips, is 1/2, 2/3 or 3/4
+    assert (low, high) == (pytest.approx(3 / 4), pytest.approx(7 / 8))
+    assert metrics.summarise(rows["model"][:1])["a"] == {"value": 0.5, "interval": [0.5, 0.5], "clips": 1}
+
+
+def test_tables_by_scenario_from_the_command_line(tmp_path, monkeypatch, capsys):
+    tiny_vae().save_pretrained(tmp_path / "model" / "vae")
+    tiny_tower().save_pretrained(tmp_path / "model" / "image_encoder")
+    for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
+        tiny_stage(replace(config, **SIZES), scale=0.02).save_pretrained(tmp_path / "model" / name)
+    for scenario in ("collide", "roll", "driving"):
+        simulate.simulate(scenario, 5, 16, (32, 16)).save(tmp_path / "data" / f"{scenario}.safetensors")
+    told = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--json", tmp_path / "all.json", "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, told), "--sampling-steps", "1"])
+    evaluate.main()
+    printed = capsys.readouterr().out.splitlines()
+    tables = [line for line in printed if line.endswith("| twin | truth |")]
+    assert len(tables) == 4 and tables[3].startswith("| Stage II given true motion: PSNR")
+    head = printed.index("| flow error on moving pixels / that of zero flow ↓ | model | nothing moves | "
+                         "truth through the VAE | twin | truth |")  # fmt: skip
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in printed[head + 2 : head + 6]}
+    assert lines.keys() == {"collide", "driving", "roll", "mean"}
+    assert lines["mean"][1].startswith("1.000") and lines["mean"][4].startswith("0.000")
+    assert lines["driving"][3] == "-" != lines["collide"][3]  # a twin of cars on their paths would be the same
+    result = json.loads((tmp_path / "all.json").read_text())["scenarios"]
+    parts = [result[name]["twin"]["epe_relative"]["value"] for name in ("collide", "roll")]
+    assert result["mean"]["twin"]["epe_relative"]["value"] == pytest.approx(sum(parts) / 2)
+    assert result["driving"]["model"]["psnr"]["clips"] == 1  # nobody is pushed, but all moves
+    assert "psnr" not in result["collide"]["twin"] and result["collide"]["twin"]["psnr_own"]["value"] > 10
