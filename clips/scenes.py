@@ -244,8 +244,48 @@ def driving(rng: np.random.Generator, frames: int) -> Scene:
     return Scene(things, path=path, camera_path=camera, scenery=scenery, truth={"camera_motion": motion[:frames]})
 
 
+def branch(rng: np.random.Generator, frames: int) -> Scene:
+    """A row of dominoes whose last hits two: from there, two rows go on. Some branches have a gap that stops them."""
+    height, width, thickness = 0.6, rng.uniform(0.46, 0.52), rng.uniform(0.11, 0.15)
+    step = thickness + rng.uniform(0.3, 0.4) * height
+    trunk, spread = int(rng.integers(2, 4)), rng.uniform(0.4, 0.6)
+    parts = [(BOX, (thickness / 2, width / 2, height / 2), (0, 0, 0))]
+    slim = [(BOX, (thickness / 2, 0.38 * width, height / 2), (0, 0, 0))]
+    things = [on_floor(parts, i * step, rng.normal(0, 0.005), rng.normal(0, 0.02)) for i in range(trunk)]
+    wide = rng.choice([0, 1, -1], p=[0.6, 0.2, 0.2])  # neither, the branch to the left, the one to the right
+    for turn in (1, -1):
+        site = np.array([trunk * step, turn * 0.42 * width, 0])
+        for i in range(2):
+            things.append(on_floor(slim, *site[:2], turn * spread * (0.4 + 0.6 * i) + rng.normal(0, 0.02)))
+            site = site + heading(turn * spread) * (step + (0.9 * height if turn == wide else 0.0))
+    kind = rng.choice(3, p=[0.7, 0.2, 0.1])  # the first of the row, the end of a branch, none
+    return Scene(
+        things, [0, trunk + 1 + 2 * int(rng.integers(2)), None][kind], side=[1, -1, 1][kind],
+        strength=rng.uniform(0.9, 2.2), lever=2 / height, friction=rng.uniform(0.3, 0.4),
+        azimuth=rng.choice([-1, 1]) * rng.uniform(0.6, 1.1), pitch=math.radians(rng.uniform(34, 44)),
+        extra=[np.array([-0.4, 0, 0.1]), *(things[trunk + i].position + [0.4, 0, -0.2] for i in (1, 3))],
+        truth={"wide_gap": bool(wide), "height": height},
+    )  # fmt: skip
+
+
+def tower(rng: np.random.Generator, frames: int) -> Scene:
+    """A ball rolls at a tower of blocks. A fifth of the balls goes past it."""
+    radius, top = rng.uniform(0.17, 0.22), 0.0
+    things = [Thing([(SPHERE, (radius, 0, 0), (0, 0, 0))], np.array([-1.0, 0, radius]), density=1500.0)]
+    for _ in range(int(rng.integers(3, 6))):
+        parts = [(BOX, (*rng.uniform(0.13, 0.19, 2), rng.uniform(0.1, 0.15)), (0, 0, 0))]
+        things.append(on_floor(parts, 0.1 + rng.normal(0, 0.015), rng.normal(0, 0.015), rng.normal(0, 0.15), top))
+        top += 2 * half_height(parts)
+    miss = rng.choice([0.0, rng.uniform(0.45, 0.7) * rng.choice([-1, 1])], p=[0.8, 0.2])
+    return Scene(
+        things, 0, heading(rng.normal(0, 0.06) + miss), 1, rng.uniform(1.8, 4.5), lever=1 / radius,
+        friction=rng.uniform(0.3, 0.5), azimuth=rng.uniform(-0.6, 0.6), pitch=math.radians(rng.uniform(15, 25)),
+        extra=[np.array([0.9, -0.3, 0]), np.array([0.9, 0.3, 0])],
+    )  # fmt: skip
+
+
 SCENARIOS: dict[str, Callable[[np.random.Generator, int], Scene]] = {
-    scene.__name__: scene for scene in (dominoes, collide, drop, roll, support, contain, link, driving)
+    scene.__name__: scene for scene in (dominoes, collide, drop, roll, support, contain, link, driving, branch, tower)
 }
 
 

@@ -2,8 +2,9 @@
 
     python -m clips.simulate data --clips 2000 --scenario dominoes,collide --size 128x64 --workers 2 --seed 0
 
-Eight scenarios: dominoes, collide, drop, roll, support (a stack that loses its base), contain, link (joined bodies) and
-driving (the camera is on a car). One object is pushed; everything else follows from physics. No OpenGL: pictures come
+Ten scenarios: dominoes, branch (a row of them that splits), collide, drop, roll, support (a stack that loses its base),
+contain, link (joined bodies), tower (a ball rolls at one) and driving (the camera is on a car). One object is pushed;
+everything else follows from physics. No OpenGL: pictures come
 from `mj_multiRay`, which returns for each ray the geom that it hits, the distance and the surface normal; a second ray,
 from the light, finds shadows. Flow is exact: every hit point moves rigidly with its body (and with the camera).
 
@@ -13,7 +14,7 @@ The same (scenario, seed, frames, size) gives the same bytes. What is true of a 
     fallen                ids that lie down, or far below where they began, at the end
     poses                 [T + 1][N][7]: position and quaternion (w, x, y, z) of ids 1..N; energy [T + 1] in joules
     camera                [T + 1][4][3]: position, and the axes right, down, forward; focal length in pixels
-    wide_gap              (dominoes) whether some gap is wider than a domino is high
+    wide_gap              (dominoes, branch) whether some gap is wider than a domino is high
 """
 
 from __future__ import annotations

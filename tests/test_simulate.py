@@ -100,6 +100,51 @@ def test_what_rests_has_exactly_zero_flow(clips):
     assert (quiet.rgb[0] == simulate("dominoes", 3, 6, SIZE).rgb[0]).all()
 
 
+def branches(clip):
+    """Ids of the row, and of the two branches from their first domino on, by where they stand."""
+    place = np.array(clip.meta["poses"][0])[:, :2]
+    order = np.argsort(place[:, 0])
+    row = order[:-4]
+    left, right = ([int(i) + 1 for i in order[-4:] if side * place[i, 1] > 0] for side in (1, -1))
+    assert np.abs(place[row, 1]).max() < 0.1 and len(left) == len(right) == 2
+    return [int(i) + 1 for i in row], left, right
+
+
+def test_a_domino_hits_two_and_a_wide_gap_stops_one_branch():
+    both = stopped = 0
+    for seed in range(40):
+        clip = simulate("branch", seed, 16, (16, 8))
+        row, left, right = branches(clip)
+        place, fallen = np.array(clip.meta["poses"][0])[:, :2], set(clip.meta["fallen"])
+        if clip.meta["pushed"] != row[0]:
+            assert clip.meta["pushed"] or not fallen
+            continue
+        reached = set(row)
+        for branch in (left, right):
+            step = np.linalg.norm(place[branch[1] - 1] - place[branch[0] - 1])
+            reached |= set(branch if step < 1.3 * clip.meta["height"] else branch[:1])
+        assert fallen == reached, seed
+        assert clip.meta["wide_gap"] == (len(reached) < len(row) + 4)
+        both, stopped = both + (not clip.meta["wide_gap"]), stopped + clip.meta["wide_gap"]
+    assert both >= 10 and stopped >= 5
+
+
+def test_a_ball_fells_a_tower_that_it_hits_hard_and_no_other():
+    hit = missed = 0
+    for seed in range(30):
+        meta = simulate("tower", seed, 16, (8, 8)).meta
+        ball = meta["pushed"]
+        touched = any(ball in pair[:2] for pair in meta["contacts"])
+        blocks = {*range(1, len(meta["poses"][0]) + 1)} - {ball}
+        assert touched or not blocks & set(meta["fallen"]), seed
+        hit, missed = hit + touched, missed + (not touched)
+        if touched and meta["strength"] > 3:
+            assert blocks & set(meta["fallen"]), seed
+            soft = simulate("tower", seed, 16, (8, 8), {"strength": 0.3}).meta
+            assert not blocks & set(soft["fallen"]), seed
+    assert missed >= 3 and hit >= 15
+
+
 def falls(seed, **push):
     clip = simulate("dominoes", seed, 16, (32, 16), push or None)
     return clip.meta, clip.meta["fallen"]
