@@ -14,6 +14,9 @@ The same (scenario, seed, frames, size) gives the same bytes. What is true of a 
     fallen                ids that lie down, or far below where they began, at the end
     poses                 [T + 1][N][7]: position and quaternion (w, x, y, z) of ids 1..N; energy [T + 1] in joules
     camera                [T + 1][4][3]: position, and the axes right, down, forward; focal length in pixels
+    case, told, order     (driving) which case of clips/traffic.py; wishes of the ego car and the other, as for
+                          `simulate`; "ego" and "other" in the order of passing, [] where nobody has passed yet
+    other, speeds         (driving) id of the car, or person, that the ego car meets; [T + 1][2] m/s of both
     wide_gap              (dominoes, branch) whether some gap is wider than a domino is high
 """
 
@@ -34,6 +37,7 @@ from clips.camera import UP, project, rotations
 from clips.clip import Clip
 from clips.render import Look, render
 from clips.scenes import FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera
+from clips.traffic import OVERRIDES
 
 TIMESTEP = 0.0025  # of the physics
 SETTLE_TIME = 0.1  # seconds before frame 0, in which things come to rest
@@ -117,29 +121,44 @@ def has_fallen(poses: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- whole clips
 
 
+def draw_scene(scenario: str, seed: int, frames: int, told: dict) -> tuple[Scene, Look, np.random.Generator]:
+    """The scene of a seed, with what `told` overrides; ids say nothing about who is pushed."""
+    rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario)])
+    scene = SCENARIOS[scenario](rng, frames, **(told if scenario == "driving" else {}))
+    look_ = Look.random(rng, len(scene.things), outdoors=scenario == "driving")
+    scene = reorder(scene, rng.permutation(len(scene.things)))
+    scene.side, scene.strength = told.get("side", scene.side), told.get("strength", scene.strength)
+    return scene, look_, rng
+
+
+def check_push(scenario: str, push: dict) -> None:
+    """Raises ValueError for what cannot be overridden."""
+    known = OVERRIDES if scenario == "driving" else {"side": (1, -1), "strength": None}
+    if unknown := set(push) - set(known):
+        raise ValueError(f"push of {scenario} has {', '.join(sorted(unknown))}; expected {', '.join(known)}")
+    for name, value in push.items():
+        if known[name] is not None and value not in known[name]:
+            raise ValueError(f"push: {name} is {value!r}; expected one of {', '.join(map(str, known[name]))}")
+
+
 def simulate(
     scenario: str, seed: int, frames: int = 16, size: int | tuple[int, int] = 128, push: dict | None = None
 ) -> Clip:
     """One clip. size: (width, height) in pixels, or one number for both.
 
     `push` overrides {"side": 1 or -1, "strength": m/s} of the same scene: everything else stays, so it gives the exact
-    counterfactual. Strength 0 pushes nothing. Raises ValueError for an unknown scenario, size, frames or push.
+    counterfactual. Strength 0 pushes nothing. In driving, it overrides the wishes {"ego": -1 slower, 0, 1 faster;
+    "ego_lane": -1 right, 0, 1 left; "order": "first" or "second" where the ego car meets the other one} and, of that
+    other car, {"lead_speed", "lead_lane"}. Raises ValueError for an unknown scenario, size, frames or push.
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario {scenario!r}: expected one of {', '.join(SCENARIOS)}")
     size = (size, size) if isinstance(size, int) else tuple(size)
     if min(size) < 8 or frames < 1 or seed < 0:
         raise ValueError(f"size {size}, frames {frames}, seed {seed}: expected 8 pixels, 1 frame, 0 at least")
-    if unknown := set(push or {}) - {"side", "strength"}:
-        raise ValueError(f"push has {', '.join(sorted(unknown))}; expected side, strength")
-    rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario)])
-    scene = SCENARIOS[scenario](rng, frames)
-    look_ = Look.random(rng, len(scene.things), outdoors=scenario == "driving")
-    order = rng.permutation(len(scene.things))  # ids say nothing about who is pushed
-    scene = reorder(scene, order)
+    check_push(scenario, push or {})
+    scene, look_, rng = draw_scene(scenario, seed, frames, push or {})
     fov = math.radians(rng.uniform(30, 40) if scenario != "driving" else 50)
-    if push:
-        scene.side, scene.strength = push.get("side", scene.side), push.get("strength", scene.strength)
     focal = size[1] / 2 / math.tan(fov / 2)
     model = build(scene)
     if scene.path is None:
@@ -148,7 +167,7 @@ def simulate(
     else:
         cameras, poses, contacts, energy = scene.camera_path, scene.path, [], []
     pushed = scene.pushed is not None and scene.strength > 0
-    truth = dict(scene.truth)
+    truth = scene.truth | ({} if scene.other is None else {"other": scene.other + 1})
     camera = np.array(truth.pop("camera_motion", (0, 0)), np.float32)
     meta = truth | {
         "scenario": scenario, "seed": seed, "pushed": scene.pushed + 1 if pushed else 0,
@@ -169,6 +188,7 @@ def reorder(scene: Scene, order: np.ndarray) -> Scene:
     scene.things = [scene.things[i] for i in order]
     scene.links = [(int(new[a]), int(new[b]), joint) for a, b, joint in scene.links]
     scene.pushed = None if scene.pushed is None else int(new[scene.pushed])
+    scene.other = None if scene.other is None else int(new[scene.other])
     scene.path = None if scene.path is None else scene.path[:, order]
     return scene
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from clips import CAMERA_YAW_UNIT, Clip
-from clips.simulate import SCENARIOS, project, simulate, tracks
+from clips.simulate import SCENARIOS, draw_scene, project, simulate, tracks
+from clips.traffic import CASES
 
 SIZE = (96, 48)
 
@@ -145,6 +146,37 @@ def test_a_ball_fells_a_tower_that_it_hits_hard_and_no_other():
     assert missed >= 3 and hit >= 15
 
 
+def driving_seed(case):
+    """The first seed of this case."""
+    return next(seed for seed in range(200) if draw_scene("driving", seed, 1, {})[0].truth["case"] == case)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "follow"])
+def test_another_ego_motion_ends_a_drive_differently_for_the_other(case):
+    seed = driving_seed(case)
+    first, second = (simulate("driving", seed, 16, SIZE, {"order": order}) for order in ("first", "second"))
+    assert first.meta["order"] == ["ego", "other"] and second.meta["order"] == ["other", "ego"]
+    assert (first.rgb[0] == second.rgb[0]).all() and (first.depth[0] == second.depth[0]).all()
+    other = first.meta["other"]
+    ends = [np.array(clip.meta["poses"])[-1, other - 1, :2] for clip in (first, second)]
+    assert np.linalg.norm(ends[0] - ends[1]) > 0.5
+    assert first.camera[:, 0].sum() > second.camera[:, 0].sum() + 2
+    assert (first.segmentation[0] == other).any()
+    faster = simulate("driving", seed, 16, SIZE, {"ego": 1})
+    assert (faster.flow == first.flow).all() and faster.meta["told"] == first.meta["told"]
+
+
+def test_a_lead_car_goes_where_it_is_told():
+    seed = driving_seed("follow")
+    ends = []
+    for told in ({"lead_speed": -1}, {"lead_speed": 1}, {"lead_lane": 1}, {"lead_lane": -1}):
+        meta = simulate("driving", seed, 16, (16, 8), told).meta
+        ends.append(np.array(meta["poses"])[-1, meta["other"] - 1])
+        assert meta["told"].items() >= told.items()
+    forth = np.array([ends[0][0], ends[1][0]])
+    assert forth[1] > forth[0] + 1 and ends[2][1] > ends[3][1] + 2
+
+
 def falls(seed, **push):
     clip = simulate("dominoes", seed, 16, (32, 16), push or None)
     return clip.meta, clip.meta["fallen"]
@@ -264,6 +296,10 @@ def test_bad_arguments_are_named():
         ({"scenario": "drop", "seed": -1}, "-1"),
         ({"scenario": "drop", "seed": 0, "size": 4}, "4"),
         ({"scenario": "drop", "seed": 0, "push": {"speed": 1}}, "speed"),
+        ({"scenario": "drop", "seed": 0, "push": {"side": 2}}, "side is 2"),
+        ({"scenario": "drop", "seed": 0, "push": {"ego": 1}}, "ego"),
+        ({"scenario": "driving", "seed": 0, "push": {"side": 1}}, "side"),
+        ({"scenario": "driving", "seed": 0, "push": {"order": "third"}}, "third"),
     ):
         with pytest.raises(ValueError, match=words):
             simulate(**told)
