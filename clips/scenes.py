@@ -308,6 +308,7 @@ def tower(rng: np.random.Generator, frames: int) -> Scene:
 SCENARIOS: dict[str, Callable[..., Scene]] = {
     scene.__name__: scene for scene in (dominoes, collide, drop, roll, support, contain, link, driving, branch, tower)
 }
+BY_THEMSELVES = ("drop", "roll", "driving")  # where things move without a push
 
 
 # ----------------------------------------------------------------------------------------------- from where it is seen

@@ -4,7 +4,8 @@
 
 Ten scenarios: dominoes, branch (a row of them that splits), collide, drop, roll, support (a stack that loses its base),
 contain, link (joined bodies), tower (a ball rolls at one) and driving (the camera is on a car). One object is pushed;
-everything else follows from physics. No OpenGL: pictures come
+everything else follows from physics. With `--still 0.15`, that share of the clips has no push, and all things rest; but
+in drop and roll they fall and roll by themselves, and driving knows no push. No OpenGL: pictures come
 from `mj_multiRay`, which returns for each ray the geom that it hits, the distance and the surface normal; a second ray,
 from the light, finds shadows. Flow is exact: every hit point moves rigidly with its body (and with the camera).
 
@@ -14,6 +15,7 @@ The same (scenario, seed, frames, size) gives the same bytes. What is true of a 
     fallen                ids that lie down, or far below where they began, at the end
     poses                 [T + 1][N][7]: position and quaternion (w, x, y, z) of ids 1..N; energy [T + 1] in joules
     camera                [T + 1][4][3]: position, and the axes right, down, forward; focal length in pixels
+    still                 (only in a scene without a push, of `--still`) true
     case, told, order     (driving) which case of clips/traffic.py; wishes of the ego car and the other, as for
                           `simulate`; "ego" and "other" in the order of passing, [] where nobody has passed yet
     other, speeds         (driving) id of the car, or person, that the ego car meets; [T + 1][2] m/s of both
@@ -36,12 +38,14 @@ from tqdm import tqdm
 from clips.camera import UP, project, rotations
 from clips.clip import Clip
 from clips.render import Look, render
-from clips.scenes import FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera
+from clips.scenes import BY_THEMSELVES, FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera
 from clips.traffic import OVERRIDES
 
 TIMESTEP = 0.0025  # of the physics
 SETTLE_TIME = 0.1  # seconds before frame 0, in which things come to rest
 REST = 1e-3  # metres or quaternion parts a frame
+CREEP = 0.02  # the same in a still clip: MuJoCo's contacts are soft, and what stands on them slips a little
+STILL_TRIALS = 30
 
 # -------------------------------------------------------------------------------------------------------------- physics
 
@@ -89,19 +93,47 @@ def push_thing(model: mujoco.MjModel, data: mujoco.MjData, scene: Scene) -> None
     data.qvel[start + 3 : start + 6] += local
 
 
-def roll_out(model: mujoco.MjModel, scene: Scene, frames: int) -> tuple[np.ndarray, list[list[int]], list[float]]:
-    """Physics -> poses [T + 1, N, 7], contacts [thing, thing, frame step], total energy at each frame."""
-    data, things = mujoco.MjData(model), len(scene.things)
-    for _ in range(round(SETTLE_TIME / TIMESTEP)):
+def advance(model: mujoco.MjModel, data: mujoco.MjData, seconds: float) -> None:
+    for _ in range(round(seconds / TIMESTEP)):
         mujoco.mj_step(model, data)
+
+
+def come_to_rest(model: mujoco.MjModel, data: mujoco.MjData, seconds: float) -> None:
+    """Lets things fall and roll until nothing moves by CREEP within `seconds`, and goes back to where that began.
+
+    Raises RuntimeError if that never is.
+    """
+    for _ in range(STILL_TRIALS):
+        before, moved = data.qpos.copy(), 0.0
+        data.qvel[:], data.qacc_warmstart[:] = 0, 0
+        for _ in range(round(seconds / SETTLE_TIME)):
+            advance(model, data, SETTLE_TIME)
+            moved = max(moved, np.abs(data.qpos - before).max())
+        if moved < CREEP:
+            data.qpos[:], data.qvel[:], data.qacc_warmstart[:] = before, 0, 0
+            return
+    raise RuntimeError("a still scene does not come to rest")
+
+
+def roll_out(
+    model: mujoco.MjModel, scene: Scene, frames: int, rest: bool = False
+) -> tuple[np.ndarray, list[list[int]], list[float]]:
+    """Physics -> poses [T + 1, N, 7], contacts [thing, thing, frame step], total energy at each frame.
+
+    `rest`: nothing moves in all these frames.
+    """
+    data, things = mujoco.MjData(model), len(scene.things)
+    advance(model, data, SETTLE_TIME)
     data.qvel[:] = 0
+    if rest:
+        come_to_rest(model, data, max(1.6, (frames + 1) * FRAME_TIME))
     push_thing(model, data, scene)
     mujoco.mj_forward(model, data)
-    poses, energy, touched = [], [], {}
+    poses, energy, touched, slack = [], [], {}, CREEP if rest else REST
     for t in range(frames + 1):
         pose = np.concatenate([data.xpos[1 : things + 1], data.xquat[1 : things + 1]], axis=1)
-        if poses:  # what creeps by less than REST rests: its flow is exactly zero
-            pose = np.where(np.abs(pose - poses[-1]).max(axis=1, keepdims=True) < REST, poses[-1], pose)
+        if poses:  # what creeps by less rests: its flow is exactly zero
+            pose = np.where(np.abs(pose - poses[-1]).max(axis=1, keepdims=True) < slack, poses[-1], pose)
         poses.append(pose)
         energy.append(float(data.energy.sum()))
         for _ in range(round(FRAME_TIME / TIMESTEP) if t < frames else 0):
@@ -142,14 +174,16 @@ def check_push(scenario: str, push: dict) -> None:
 
 
 def simulate(
-    scenario: str, seed: int, frames: int = 16, size: int | tuple[int, int] = 128, push: dict | None = None
-) -> Clip:
+    scenario: str, seed: int, frames: int = 16, size: int | tuple[int, int] = 128, push: dict | None = None,
+    still: bool = False,
+) -> Clip:  # fmt: skip
     """One clip. size: (width, height) in pixels, or one number for both.
 
     `push` overrides {"side": 1 or -1, "strength": m/s} of the same scene: everything else stays, so it gives the exact
     counterfactual. Strength 0 pushes nothing. In driving, it overrides the wishes {"ego": -1 slower, 0, 1 faster;
     "ego_lane": -1 right, 0, 1 left; "order": "first" or "second" where the ego car meets the other one} and, of that
-    other car, {"lead_speed", "lead_lane"}. Raises ValueError for an unknown scenario, size, frames or push.
+    other car, {"lead_speed", "lead_lane"}. `still`: without a push, and where things do not move by themselves, all
+    rest before the first frame. Raises ValueError for an unknown scenario, size, frames or push.
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario {scenario!r}: expected one of {', '.join(SCENARIOS)}")
@@ -157,17 +191,21 @@ def simulate(
     if min(size) < 8 or frames < 1 or seed < 0:
         raise ValueError(f"size {size}, frames {frames}, seed {seed}: expected 8 pixels, 1 frame, 0 at least")
     check_push(scenario, push or {})
+    if push and still:
+        raise ValueError(f"push {push}: a still scene has none")
     scene, look_, rng = draw_scene(scenario, seed, frames, push or {})
+    scene.strength = 0.0 if still else scene.strength
     fov = math.radians(rng.uniform(30, 40) if scenario != "driving" else 50)
     focal = size[1] / 2 / math.tan(fov / 2)
     model = build(scene)
     if scene.path is None:
         cameras = np.repeat(frame_camera(scene, focal, size)[None], frames + 1, axis=0)
-        poses, contacts, energy = roll_out(model, scene, frames)
+        poses, contacts, energy = roll_out(model, scene, frames, still and scenario not in BY_THEMSELVES)
     else:
         cameras, poses, contacts, energy = scene.camera_path, scene.path, [], []
     pushed = scene.pushed is not None and scene.strength > 0
-    truth = scene.truth | ({} if scene.other is None else {"other": scene.other + 1})
+    truth = scene.truth | ({"still": True} if still and scene.path is None else {})
+    truth |= {} if scene.other is None else {"other": scene.other + 1}
     camera = np.array(truth.pop("camera_motion", (0, 0)), np.float32)
     meta = truth | {
         "scenario": scenario, "seed": seed, "pushed": scene.pushed + 1 if pushed else 0,
@@ -217,7 +255,12 @@ def tracks(clip: Clip, points: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def write_clip(job: tuple[list[Path], str, int, int, tuple[int, int]]) -> None:
+def is_still(scenario: str, seed: int, share: float) -> bool:
+    """Whether this seed belongs to the share of clips without a push. A larger share keeps those of a smaller one."""
+    return bool(np.random.default_rng([seed, list(SCENARIOS).index(scenario), 1]).random() < share)
+
+
+def write_clip(job: tuple[list[Path], str, int, int, tuple[int, int], None, bool]) -> None:
     """The clip and, where there is a second path, its mirror image."""
     (path, *mirror), *told = job
     clip = simulate(*told)
@@ -243,6 +286,7 @@ def main() -> None:
     add("--scenario", default="dominoes", help=f"one or more of {','.join(SCENARIOS)} (default %(default)s)")
     add("--size", default="128x64", help="WIDTHxHEIGHT, or one number for a square (default %(default)s)")
     add("--frames", type=int, default=16, help="of a clip (default %(default)s)")
+    add("--still", type=float, default=0.0, help="share of the clips without a push, 0 to 1 (default %(default)s)")
     add("--mirror", action="store_true", help="for training: the mirror image of every clip, too (default: no)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
     add("--seed", type=int, default=0, help="of the first clip; the next ones count up from it (default %(default)s)")
@@ -254,6 +298,8 @@ def main() -> None:
             raise ValueError(f"--scenario {','.join(sorted(unknown))}: expected some of {', '.join(SCENARIOS)}")
         if min(size) < 8 or arguments.clips < 1 or arguments.frames < 1 or arguments.workers < 1 or arguments.seed < 0:
             raise ValueError("--size, --clips, --frames, --workers, --seed: expected 8 pixels, 1, 1, 1, 0 at least")
+        if not 0 <= arguments.still <= 1:
+            raise ValueError(f"--still {arguments.still}: expected a share from 0 to 1")
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"clips.simulate: {error}", file=sys.stderr)
@@ -264,7 +310,8 @@ def main() -> None:
         names = [f"{scenario}_{seed:08d}"] + [f"{scenario}_{seed:08d}_mirrored"] * arguments.mirror
         paths = [folder / f"{name}.safetensors" for name in names]
         if not all(path.exists() for path in paths):  # an interrupted run goes on where it was
-            jobs.append((paths, scenario, seed, arguments.frames, size))
+            still = is_still(scenario, seed, arguments.still)
+            jobs.append((paths, scenario, seed, arguments.frames, size, None, still))
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=4), total=len(jobs), unit="clip"):
             pass

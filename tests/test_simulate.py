@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from clips import CAMERA_YAW_UNIT, Clip
-from clips.simulate import SCENARIOS, draw_scene, project, simulate, tracks
+from clips.scenes import BY_THEMSELVES
+from clips.simulate import SCENARIOS, draw_scene, is_still, project, simulate, tracks
 from clips.traffic import CASES
 
 SIZE = (96, 48)
@@ -99,6 +100,48 @@ def test_what_rests_has_exactly_zero_flow(clips):
     assert (quiet.flow == 0).all()
     assert quiet.meta["pushed"] == 0 and quiet.meta["fallen"] == []
     assert (quiet.rgb[0] == simulate("dominoes", 3, 6, SIZE).rgb[0]).all()
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in BY_THEMSELVES])
+def test_all_rest_in_a_still_scene(scenario):
+    for seed in range(8):
+        clip = simulate(scenario, seed, 16, (24, 12), still=True)
+        poses = np.array(clip.meta["poses"])
+        assert (clip.flow == 0).all() and (poses == poses[0]).all() and (clip.rgb == clip.rgb[0]).all(), seed
+        assert clip.meta["pushed"] == 0 and clip.meta["push"] == [0, 0, 0] and clip.meta["still"] is True
+        assert clip.meta["fallen"] == []
+        assert "still" not in simulate(scenario, seed, 1, (8, 8)).meta
+
+
+@pytest.mark.parametrize("scenario", ["drop", "roll"])
+def test_what_falls_or_rolls_does_so_without_a_push(scenario):
+    for seed in range(4):
+        clip = simulate(scenario, seed, 8, (24, 12), still=True)
+        assert clip.meta["pushed"] == 0 and (clip.flow != 0).any()
+        assert clip.meta["poses"] == simulate(scenario, seed, 8, (24, 12), {"strength": 0.0}).meta["poses"]
+
+
+def test_driving_knows_no_push():
+    clips = [simulate("driving", 3, 2, (16, 8), still=still) for still in (False, True)]
+    assert clips[0].meta == clips[1].meta and (clips[0].flow == clips[1].flow).all()
+
+
+def test_a_crate_is_still_with_what_lies_in_it():
+    """In the pushed scene, things still fall into it."""
+    for seed in range(6):
+        falling, lying = (np.array(simulate("contain", seed, 16, (8, 8), still=still).meta["poses"])
+                          for still in (False, True))  # fmt: skip
+        assert lying[0, :, 2].max() <= falling[0, :, 2].max() + 1e-3
+        assert np.linalg.norm(lying[0, :, :2], axis=1).max() < 0.8  # nothing lies outside
+
+
+def test_still_clips_are_a_share_that_grows():
+    for scenario in ("dominoes", "tower"):
+        few, many = ([is_still(scenario, seed, share) for seed in range(2000)] for share in (0.15, 0.4))
+        assert 0.12 < np.mean(few) < 0.18 and 0.36 < np.mean(many) < 0.44
+        assert (np.array(many) >= few).all()
+    assert not any(is_still("dominoes", seed, 0.0) for seed in range(100))
+    assert all(is_still("dominoes", seed, 1.0) for seed in range(100))
 
 
 def branches(clip):
@@ -297,6 +340,7 @@ def test_bad_arguments_are_named():
         ({"scenario": "drop", "seed": 0, "size": 4}, "4"),
         ({"scenario": "drop", "seed": 0, "push": {"speed": 1}}, "speed"),
         ({"scenario": "drop", "seed": 0, "push": {"side": 2}}, "side is 2"),
+        ({"scenario": "drop", "seed": 0, "push": {"side": 1}, "still": True}, "still"),
         ({"scenario": "drop", "seed": 0, "push": {"ego": 1}}, "ego"),
         ({"scenario": "driving", "seed": 0, "push": {"side": 1}}, "side"),
         ({"scenario": "driving", "seed": 0, "push": {"order": "third"}}, "third"),
@@ -342,6 +386,13 @@ def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
     assert (image.rgb == clip.rgb[:, :, ::-1]).all() and image.meta["seed"] == 8
 
 
+def test_command_line_leaves_out_pushes(tmp_path):
+    told = ("--clips", 3, "--scenario", "dominoes", "--size", "24x16", "--frames", 2, "--workers", 1, "--seed", 5)
+    assert run(tmp_path, *told, "--still", 1).returncode == 0
+    clips = [Clip.load(path) for path in sorted(tmp_path.iterdir())]
+    assert len(clips) == 3 and all(clip.meta["still"] and not clip.flow.any() for clip in clips)
+
+
 @pytest.mark.parametrize(
     ("told", "word"),
     [
@@ -349,6 +400,7 @@ def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
         (("--size", "x"), "size"),
         (("--size", "4"), "size"),
         (("--clips", "0"), "clips"),
+        (("--still", "1.5"), "still"),
     ],
 )
 def test_command_line_mistakes_are_one_line(tmp_path, told, word):
