@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import mujoco
 import numpy as np
 
+from clips import traffic
 from clips.camera import UP, look, project, rotations
 from clips.clip import CAMERA_YAW_UNIT
 
@@ -59,6 +60,7 @@ class Scene:
     path: np.ndarray | None = None  # [T + 1, N, 7]: poses of things that drive by themselves
     camera_path: np.ndarray | None = None  # [T + 1, 4, 3]
     scenery: list[tuple[Part, float]] = field(default_factory=list)  # fixed boxes of the background, and their grey
+    other: int | None = None  # index of the thing that the ego car meets
     truth: dict = field(default_factory=dict)  # what else belongs into the clip's meta
 
     @property
@@ -214,46 +216,106 @@ def link(rng: np.random.Generator, frames: int) -> Scene:
     )  # fmt: skip
 
 
-def safe_speed(x: float, y: float, others_x: np.ndarray, others_y: np.ndarray) -> float:
-    """m/s that keeps 1 m plus 0.8 s of way behind the next car of this lane (cars are 4 m long)."""
-    ahead = (others_x > x) & (np.abs(others_y - y) < 1.9)
-    return max(0.0, ((others_x[ahead] - x).min(initial=FAR) - 5.0) / 0.8)
+CAR: list[Part] = [
+    (BOX, (2.1, 0.9, 0.45), (0, 0, 0)), (BOX, (1.15, 0.8, 0.35), (-0.2, 0, 0.75)),
+    *[(SPHERE, (0.35, 0, 0), (x, y, -0.4)) for x in (-1.3, 1.3) for y in (-0.75, 0.75)],
+]  # fmt: skip
+WALKER: list[Part] = [
+    *[(CYLINDER, (0.11, 0.45, 0), (0, y, -0.3)) for y in (-0.13, 0.13)],
+    (CYLINDER, (0.25, 0.35, 0), (0, 0, 0.4)), (SPHERE, (0.16, 0, 0), (0, 0, 0.9)),
+]  # fmt: skip
+MIDDLE = 0.75  # metres above the road, of both
 
 
-def driving(rng: np.random.Generator, frames: int) -> Scene:
-    """The camera is on a car that drives and turns. Others keep their own speeds and brake for who is ahead of them."""
-    lanes, count = (-3.2, 0.0, 3.2), int(rng.integers(2, 5))
-    lane = rng.permutation(np.resize(np.arange(3), count))
-    ahead = np.sort(rng.uniform(6, 16, count)) + 1.5 * np.arange(count)
-    speed = rng.uniform(2, 11, count)
-    ego, yaw_rate = rng.uniform(2, 9), rng.choice([0.0, rng.uniform(-0.25, 0.25)])
-    body = [(BOX, (2.0, 0.9, 0.45), (0, 0, 0)), (BOX, (1.1, 0.8, 0.35), (-0.2, 0, 0.75))]
-    wheels = [(SPHERE, (0.35, 0, 0), (x, y, -0.4)) for x in (-1.3, 1.3) for y in (-0.75, 0.75)]
-    things = [Thing([*body, *wheels], np.array([x, lanes[k], 0.75])) for x, k in zip(ahead, lane, strict=True)]
-    path, camera = np.zeros((frames + 1, count, 7)), np.zeros((frames + 1, 4, 3))
-    path[..., 2], path[..., 3] = 0.75, 1.0
-    x, v, here, yaw, motion = ahead.copy(), speed.copy(), np.zeros(2), 0.0, []
-    y = np.array([lanes[k] for k in lane])
-    for t in range(frames + 1):
-        path[t, :, 0], path[t, :, 1] = x, y
-        forward = np.array([math.cos(yaw), math.sin(yaw), -0.08])
-        camera[t] = look(np.array([*here, 1.6]), forward)
-        v = np.minimum(np.minimum(v + 0.1, speed), [safe_speed(x[i], y[i], x, y) for i in range(count)])
-        step = min(ego, safe_speed(here[0] + 0.5, here[1], x, y)) * FRAME_TIME
-        x, yaw = x + v * FRAME_TIME, yaw + yaw_rate * FRAME_TIME
-        here = here + step * heading(yaw)[:2]
-        motion.append([step, -yaw_rate * FRAME_TIME / CAMERA_YAW_UNIT])  # yaw to the right is positive
-    scenery = []
+def streetside(rng: np.random.Generator, case: traffic.Case) -> list[tuple[Part, float]]:
+    """Houses on both sides, none in a side road; and what a case needs on the road."""
+    other, scenery = case.users[1], []
     for k in range(14):
-        size = (rng.uniform(2, 5), rng.uniform(2, 4), rng.uniform(2, 7))
-        where = (5 + 5 * (k // 2) + rng.uniform(-1, 1), (-1) ** k * rng.uniform(10, 13), size[2])
-        scenery.append(((BOX, size, where), rng.uniform(0.35, 0.75)))
-    return Scene(things, path=path, camera_path=camera, scenery=scenery, truth={"camera_motion": motion[:frames]})
+        size = rng.uniform(2, [4.5, 4, 7])
+        place = np.array([5 + 5 * (k // 2) + rng.uniform(-1, 1), (-1) ** k * rng.uniform(10, 13), 0])
+        if other.axis == 0 or abs(place[0] - other.place[0]) > size[0] + 3.5:
+            x, y, _ = traffic.on_road(place, case.curvature)
+            scenery.append(((BOX, tuple(size), (x, y, size[2])), rng.uniform(0.35, 0.75)))
+    if case.name == "walk":
+        for d in np.arange(-2.7, 3, 0.9):
+            scenery.append(((BOX, (1.2, 0.22, 0.01), (other.place[0], d, 0)), 0.95))
+    if case.name == "merge":
+        x, y, _ = traffic.on_road(np.array([other.ends + traffic.CLOSED + 0.3, other.lane, 0]), case.curvature)
+        scenery.append(((BOX, (0.3, 0.9, 0.5), (x, y, 0.5)), 0.95))
+    return scenery
 
 
-SCENARIOS: dict[str, Callable[[np.random.Generator, int], Scene]] = {
-    scene.__name__: scene for scene in (dominoes, collide, drop, roll, support, contain, link, driving)
+def driving(rng: np.random.Generator, frames: int, **told: int | str) -> Scene:
+    """The camera is on a car in traffic that answers to it: one of the cases of clips/traffic.py.
+
+    `told` overrides the ego car's motion and the other's: see traffic.OVERRIDES.
+    """
+    case = traffic.draw(rng, str(rng.choice(list(traffic.CASES))))
+    told = traffic.in_order(case.told | told)
+    drive = traffic.drive(case, told, frames, FRAME_TIME)
+    ego, *others = np.moveaxis(traffic.on_road(drive.poses, case.curvature), 1, 0)
+    path = np.zeros((frames + 1, len(others), 7))
+    for i, (x, y, turn) in enumerate(np.moveaxis(others, -1, 1)):
+        path[:, i] = np.stack([x, y, 0 * x + MIDDLE, np.cos(turn / 2), 0 * x, 0 * x, np.sin(turn / 2)], -1)
+    parts = [WALKER if user.manner is traffic.WALKER else CAR for user in case.users[1:]]
+    things = [Thing(parts[i], path[0, i, :3]) for i in range(len(others))]
+    eyes = [np.array([*(place + 0.5 * heading(turn)[:2]), 1.6]) for *place, turn in ego]
+    camera = np.stack([look(eye, heading(turn) - 0.08 * UP) for eye, (*_, turn) in zip(eyes, ego, strict=True)])
+    way = np.linalg.norm(np.diff(camera[:, 0], axis=0), axis=1)
+    motion = np.stack([way, -np.diff(ego[:, 2]) / CAMERA_YAW_UNIT], axis=1)  # yaw to the right is positive
+    return Scene(
+        things, path=path, camera_path=camera, scenery=streetside(rng, case), other=0,
+        truth={
+            "camera_motion": motion.tolist(), "case": case.name, "told": told,
+            "order": [("ego", "other")[k] for k in drive.order], "speeds": drive.speeds[:, :2].round(3).tolist(),
+        },
+    )  # fmt: skip
+
+
+def branch(rng: np.random.Generator, frames: int) -> Scene:
+    """A row of dominoes whose last hits two: from there, two rows go on. Some branches have a gap that stops them."""
+    height, width, thickness = 0.6, rng.uniform(0.46, 0.52), rng.uniform(0.11, 0.15)
+    step = thickness + rng.uniform(0.3, 0.4) * height
+    trunk, spread = int(rng.integers(2, 4)), rng.uniform(0.4, 0.6)
+    parts = [(BOX, (thickness / 2, width / 2, height / 2), (0, 0, 0))]
+    slim = [(BOX, (thickness / 2, 0.38 * width, height / 2), (0, 0, 0))]
+    things = [on_floor(parts, i * step, rng.normal(0, 0.005), rng.normal(0, 0.02)) for i in range(trunk)]
+    wide = rng.choice([0, 1, -1], p=[0.6, 0.2, 0.2])  # neither, the branch to the left, the one to the right
+    for turn in (1, -1):
+        site = np.array([trunk * step, turn * 0.42 * width, 0])
+        for i in range(2):
+            things.append(on_floor(slim, *site[:2], turn * spread * (0.4 + 0.6 * i) + rng.normal(0, 0.02)))
+            site = site + heading(turn * spread) * (step + (0.9 * height if turn == wide else 0.0))
+    kind = rng.choice(3, p=[0.7, 0.2, 0.1])  # the first of the row, the end of a branch, none
+    return Scene(
+        things, [0, trunk + 1 + 2 * int(rng.integers(2)), None][kind], side=[1, -1, 1][kind],
+        strength=rng.uniform(0.9, 2.2), lever=2 / height, friction=rng.uniform(0.3, 0.4),
+        azimuth=rng.choice([-1, 1]) * rng.uniform(0.6, 1.1), pitch=math.radians(rng.uniform(34, 44)),
+        extra=[np.array([-0.4, 0, 0.1]), *(things[trunk + i].position + [0.4, 0, -0.2] for i in (1, 3))],
+        truth={"wide_gap": bool(wide), "height": height},
+    )  # fmt: skip
+
+
+def tower(rng: np.random.Generator, frames: int) -> Scene:
+    """A ball rolls at a tower of blocks. A fifth of the balls goes past it."""
+    radius, top = rng.uniform(0.17, 0.22), 0.0
+    things = [Thing([(SPHERE, (radius, 0, 0), (0, 0, 0))], np.array([-1.0, 0, radius]), density=1500.0)]
+    for _ in range(int(rng.integers(3, 6))):
+        parts = [(BOX, (*rng.uniform(0.13, 0.19, 2), rng.uniform(0.1, 0.15)), (0, 0, 0))]
+        things.append(on_floor(parts, 0.1 + rng.normal(0, 0.015), rng.normal(0, 0.015), rng.normal(0, 0.15), top))
+        top += 2 * half_height(parts)
+    miss = rng.choice([0.0, rng.uniform(0.45, 0.7) * rng.choice([-1, 1])], p=[0.8, 0.2])
+    return Scene(
+        things, 0, heading(rng.normal(0, 0.06) + miss), 1, rng.uniform(1.8, 4.5), lever=1 / radius,
+        friction=rng.uniform(0.3, 0.5), azimuth=rng.uniform(-0.6, 0.6), pitch=math.radians(rng.uniform(15, 25)),
+        extra=[np.array([0.9, -0.3, 0]), np.array([0.9, 0.3, 0])],
+    )  # fmt: skip
+
+
+SCENARIOS: dict[str, Callable[..., Scene]] = {
+    scene.__name__: scene for scene in (dominoes, collide, drop, roll, support, contain, link, driving, branch, tower)
 }
+BY_THEMSELVES = ("drop", "roll", "driving")  # where things move without a push
 
 
 # ----------------------------------------------------------------------------------------------- from where it is seen

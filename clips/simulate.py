@@ -2,8 +2,10 @@
 
     python -m clips.simulate data --clips 2000 --scenario dominoes,collide --size 128x64 --workers 2 --seed 0
 
-Eight scenarios: dominoes, collide, drop, roll, support (a stack that loses its base), contain, link (joined bodies) and
-driving (the camera is on a car). One object is pushed; everything else follows from physics. No OpenGL: pictures come
+Ten scenarios: dominoes, branch (a row of them that splits), collide, drop, roll, support (a stack that loses its base),
+contain, link (joined bodies), tower (a ball rolls at one) and driving (the camera is on a car). One object is pushed;
+everything else follows from physics. With `--still 0.15`, that share of the clips has no push, and all things rest; but
+in drop and roll they fall and roll by themselves, and driving knows no push. No OpenGL: pictures come
 from `mj_multiRay`, which returns for each ray the geom that it hits, the distance and the surface normal; a second ray,
 from the light, finds shadows. Flow is exact: every hit point moves rigidly with its body (and with the camera).
 
@@ -15,7 +17,11 @@ The same (scenario, seed, frames, size) gives the same bytes. What is true of a 
     fallen                ids that lie down, or far below where they began, at the end
     poses                 [T + 1][N][7]: position and quaternion (w, x, y, z) of ids 1..N; energy [T + 1] in joules
     camera                [T + 1][4][3]: position, and the axes right, down, forward; focal length in pixels
-    wide_gap              (dominoes) whether some gap is wider than a domino is high
+    still                 (only in a scene without a push, of `--still`) true
+    case, told, order     (driving) which case of clips/traffic.py; wishes of the ego car and the other, as for
+                          `simulate`; "ego" and "other" in the order of passing, [] where nobody has passed yet
+    other, speeds         (driving) id of the car, or person, that the ego car meets; [T + 1][2] m/s of both
+    wide_gap              (dominoes, branch) whether some gap is wider than a domino is high
 """
 
 from __future__ import annotations
@@ -34,11 +40,14 @@ from tqdm import tqdm
 from clips.camera import UP, project, rotations
 from clips.clip import Clip
 from clips.render import Look, render
-from clips.scenes import FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera, redraw_hidden
+from clips.scenes import BY_THEMSELVES, FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera, redraw_hidden
+from clips.traffic import OVERRIDES
 
 TIMESTEP = 0.0025  # of the physics
 SETTLE_TIME = 0.1  # seconds before frame 0, in which things come to rest
 REST = 1e-3  # metres or quaternion parts a frame
+CREEP = 0.02  # the same in a still clip: MuJoCo's contacts are soft, and what stands on them slips a little
+STILL_TRIALS = 30
 
 # -------------------------------------------------------------------------------------------------------------- physics
 
@@ -86,19 +95,47 @@ def push_thing(model: mujoco.MjModel, data: mujoco.MjData, scene: Scene) -> None
     data.qvel[start + 3 : start + 6] += local
 
 
-def roll_out(model: mujoco.MjModel, scene: Scene, frames: int) -> tuple[np.ndarray, list[list[int]], list[float]]:
-    """Physics -> poses [T + 1, N, 7], contacts [thing, thing, frame step], total energy at each frame."""
-    data, things = mujoco.MjData(model), len(scene.things)
-    for _ in range(round(SETTLE_TIME / TIMESTEP)):
+def advance(model: mujoco.MjModel, data: mujoco.MjData, seconds: float) -> None:
+    for _ in range(round(seconds / TIMESTEP)):
         mujoco.mj_step(model, data)
+
+
+def come_to_rest(model: mujoco.MjModel, data: mujoco.MjData, seconds: float) -> None:
+    """Lets things fall and roll until nothing moves by CREEP within `seconds`, and goes back to where that began.
+
+    Raises RuntimeError if that never is.
+    """
+    for _ in range(STILL_TRIALS):
+        before, moved = data.qpos.copy(), 0.0
+        data.qvel[:], data.qacc_warmstart[:] = 0, 0
+        for _ in range(round(seconds / SETTLE_TIME)):
+            advance(model, data, SETTLE_TIME)
+            moved = max(moved, np.abs(data.qpos - before).max())
+        if moved < CREEP:
+            data.qpos[:], data.qvel[:], data.qacc_warmstart[:] = before, 0, 0
+            return
+    raise RuntimeError("a still scene does not come to rest")
+
+
+def roll_out(
+    model: mujoco.MjModel, scene: Scene, frames: int, rest: bool = False
+) -> tuple[np.ndarray, list[list[int]], list[float]]:
+    """Physics -> poses [T + 1, N, 7], contacts [thing, thing, frame step], total energy at each frame.
+
+    `rest`: nothing moves in all these frames.
+    """
+    data, things = mujoco.MjData(model), len(scene.things)
+    advance(model, data, SETTLE_TIME)
     data.qvel[:] = 0
+    if rest:
+        come_to_rest(model, data, max(1.6, (frames + 1) * FRAME_TIME))
     push_thing(model, data, scene)
     mujoco.mj_forward(model, data)
-    poses, energy, touched = [], [], {}
+    poses, energy, touched, slack = [], [], {}, CREEP if rest else REST
     for t in range(frames + 1):
         pose = np.concatenate([data.xpos[1 : things + 1], data.xquat[1 : things + 1]], axis=1)
-        if poses:  # what creeps by less than REST rests: its flow is exactly zero
-            pose = np.where(np.abs(pose - poses[-1]).max(axis=1, keepdims=True) < REST, poses[-1], pose)
+        if poses:  # what creeps by less rests: its flow is exactly zero
+            pose = np.where(np.abs(pose - poses[-1]).max(axis=1, keepdims=True) < slack, poses[-1], pose)
         poses.append(pose)
         energy.append(float(data.energy.sum()))
         for _ in range(round(FRAME_TIME / TIMESTEP) if t < frames else 0):
@@ -128,41 +165,63 @@ def has_fallen(poses: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- whole clips
 
 
+def draw_scene(scenario: str, seed: int, frames: int, told: dict) -> tuple[Scene, Look, np.random.Generator]:
+    """The scene of a seed, with what `told` overrides; ids say nothing about who is pushed."""
+    rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario)])
+    wishes = {name: value for name, value in told.items() if scenario == "driving" and name != "hidden"}
+    scene = SCENARIOS[scenario](rng, frames, **wishes)
+    look_ = Look.random(rng, len(scene.things), outdoors=scenario == "driving")
+    scene = reorder(scene, rng.permutation(len(scene.things)))
+    scene.side, scene.strength = told.get("side", scene.side), told.get("strength", scene.strength)
+    if "hidden" in told:
+        redraw_hidden(scene, scenario, seed, told["hidden"], frames)
+    return scene, look_, rng
+
+
+def check_push(scenario: str, push: dict) -> None:
+    """Raises ValueError for what cannot be overridden."""
+    known = (OVERRIDES if scenario == "driving" else {"side": (1, -1), "strength": None}) | {"hidden": None}
+    if unknown := set(push) - set(known):
+        raise ValueError(f"push of {scenario} has {', '.join(sorted(unknown))}; expected {', '.join(known)}")
+    for name, value in push.items():
+        if known[name] is not None and value not in known[name]:
+            raise ValueError(f"push: {name} is {value!r}; expected one of {', '.join(map(str, known[name]))}")
+
+
 def simulate(
-    scenario: str, seed: int, frames: int = 16, size: int | tuple[int, int] = 128, push: dict | None = None
-) -> Clip:
+    scenario: str, seed: int, frames: int = 16, size: int | tuple[int, int] = 128, push: dict | None = None,
+    still: bool = False,
+) -> Clip:  # fmt: skip
     """One clip. size: (width, height) in pixels, or one number for both.
 
     `push` overrides {"side": 1 or -1, "strength": m/s} of the same scene: everything else stays, so it gives the exact
-    counterfactual. Strength 0 pushes nothing. {"hidden": k >= 0} redraws what no picture shows: a twin.
-    Raises ValueError for an unknown scenario, size, frames or push.
+    counterfactual. Strength 0 pushes nothing. {"hidden": k >= 0} redraws what no picture shows: a twin. In driving, it
+    overrides the wishes {"ego": -1 slower, 0, 1 faster; "ego_lane": -1 right, 0, 1 left; "order": "first" or "second"
+    where the ego car meets the other one} and, of that other car, {"lead_speed", "lead_lane"}. `still`: without a push,
+    and where things do not move by themselves, all rest before the first frame. Raises ValueError for an unknown
+    scenario, size, frames or push.
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario {scenario!r}: expected one of {', '.join(SCENARIOS)}")
     size = (size, size) if isinstance(size, int) else tuple(size)
     if min(size) < 8 or frames < 1 or seed < 0:
         raise ValueError(f"size {size}, frames {frames}, seed {seed}: expected 8 pixels, 1 frame, 0 at least")
-    if unknown := set(push or {}) - {"side", "strength", "hidden"}:
-        raise ValueError(f"push has {', '.join(sorted(unknown))}; expected side, strength, hidden")
-    rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario)])
-    scene = SCENARIOS[scenario](rng, frames)
-    look_ = Look.random(rng, len(scene.things), outdoors=scenario == "driving")
-    order = rng.permutation(len(scene.things))  # ids say nothing about who is pushed
-    scene = reorder(scene, order)
+    check_push(scenario, push or {})
+    if push and still:
+        raise ValueError(f"push {push}: a still scene has none")
+    scene, look_, rng = draw_scene(scenario, seed, frames, push or {})
+    scene.strength = 0.0 if still else scene.strength
     fov = math.radians(rng.uniform(30, 40) if scenario != "driving" else 50)
-    if push:
-        scene.side, scene.strength = push.get("side", scene.side), push.get("strength", scene.strength)
-        if "hidden" in push:
-            redraw_hidden(scene, scenario, seed, push["hidden"], frames)
     focal = size[1] / 2 / math.tan(fov / 2)
     model = build(scene)
     if scene.path is None:
         cameras = np.repeat(frame_camera(scene, focal, size)[None], frames + 1, axis=0)
-        poses, contacts, energy = roll_out(model, scene, frames)
+        poses, contacts, energy = roll_out(model, scene, frames, still and scenario not in BY_THEMSELVES)
     else:
         cameras, poses, contacts, energy = scene.camera_path, scene.path, [], []
     pushed = scene.pushed is not None and scene.strength > 0
-    truth = dict(scene.truth)
+    truth = scene.truth | ({"still": True} if still and scene.path is None else {})
+    truth |= {} if scene.other is None else {"other": scene.other + 1}
     camera = np.array(truth.pop("camera_motion", (0, 0)), np.float32)
     meta = truth | {
         "scenario": scenario, "seed": seed, "pushed": scene.pushed + 1 if pushed else 0,
@@ -186,6 +245,7 @@ def reorder(scene: Scene, order: np.ndarray) -> Scene:
     scene.things = [scene.things[i] for i in order]
     scene.links = [(int(new[a]), int(new[b]), joint) for a, b, joint in scene.links]
     scene.pushed = None if scene.pushed is None else int(new[scene.pushed])
+    scene.other = None if scene.other is None else int(new[scene.other])
     scene.path = None if scene.path is None else scene.path[:, order]
     return scene
 
@@ -214,7 +274,12 @@ def tracks(clip: Clip, points: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def write_clip(job: tuple[list[Path], str, int, int, tuple[int, int]]) -> None:
+def is_still(scenario: str, seed: int, share: float) -> bool:
+    """Whether this seed belongs to the share of clips without a push. A larger share keeps those of a smaller one."""
+    return bool(np.random.default_rng([seed, list(SCENARIOS).index(scenario), 1]).random() < share)
+
+
+def write_clip(job: tuple[list[Path], str, int, int, tuple[int, int], None, bool]) -> None:
     """The clip and, where there is a second path, its mirror image."""
     (path, *mirror), *told = job
     clip = simulate(*told)
@@ -240,6 +305,7 @@ def main() -> None:
     add("--scenario", default="dominoes", help=f"one or more of {','.join(SCENARIOS)} (default %(default)s)")
     add("--size", default="128x64", help="WIDTHxHEIGHT, or one number for a square (default %(default)s)")
     add("--frames", type=int, default=16, help="of a clip (default %(default)s)")
+    add("--still", type=float, default=0.0, help="share of the clips without a push, 0 to 1 (default %(default)s)")
     add("--mirror", action="store_true", help="for training: the mirror image of every clip, too (default: no)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
     add("--seed", type=int, default=0, help="of the first clip; the next ones count up from it (default %(default)s)")
@@ -251,6 +317,8 @@ def main() -> None:
             raise ValueError(f"--scenario {','.join(sorted(unknown))}: expected some of {', '.join(SCENARIOS)}")
         if min(size) < 8 or arguments.clips < 1 or arguments.frames < 1 or arguments.workers < 1 or arguments.seed < 0:
             raise ValueError("--size, --clips, --frames, --workers, --seed: expected 8 pixels, 1, 1, 1, 0 at least")
+        if not 0 <= arguments.still <= 1:
+            raise ValueError(f"--still {arguments.still}: expected a share from 0 to 1")
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"clips.simulate: {error}", file=sys.stderr)
@@ -261,7 +329,8 @@ def main() -> None:
         names = [f"{scenario}_{seed:08d}"] + [f"{scenario}_{seed:08d}_mirrored"] * arguments.mirror
         paths = [folder / f"{name}.safetensors" for name in names]
         if not all(path.exists() for path in paths):  # an interrupted run goes on where it was
-            jobs.append((paths, scenario, seed, arguments.frames, size))
+            still = is_still(scenario, seed, arguments.still)
+            jobs.append((paths, scenario, seed, arguments.frames, size, None, still))
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=4), total=len(jobs), unit="clip"):
             pass

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from clips import CAMERA_YAW_UNIT, Clip
-from clips.simulate import SCENARIOS, project, simulate, tracks
+from clips.scenes import BY_THEMSELVES
+from clips.simulate import SCENARIOS, draw_scene, is_still, project, simulate, tracks
+from clips.traffic import CASES
 
 SIZE = (96, 48)
 
@@ -98,6 +100,124 @@ def test_what_rests_has_exactly_zero_flow(clips):
     assert (quiet.flow == 0).all()
     assert quiet.meta["pushed"] == 0 and quiet.meta["fallen"] == []
     assert (quiet.rgb[0] == simulate("dominoes", 3, 6, SIZE).rgb[0]).all()
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in BY_THEMSELVES])
+def test_all_rest_in_a_still_scene(scenario):
+    for seed in range(8):
+        clip = simulate(scenario, seed, 16, (24, 12), still=True)
+        poses = np.array(clip.meta["poses"])
+        assert (clip.flow == 0).all() and (poses == poses[0]).all() and (clip.rgb == clip.rgb[0]).all(), seed
+        assert clip.meta["pushed"] == 0 and clip.meta["push"] == [0, 0, 0] and clip.meta["still"] is True
+        assert clip.meta["fallen"] == []
+        assert "still" not in simulate(scenario, seed, 1, (8, 8)).meta
+
+
+@pytest.mark.parametrize("scenario", ["drop", "roll"])
+def test_what_falls_or_rolls_does_so_without_a_push(scenario):
+    for seed in range(4):
+        clip = simulate(scenario, seed, 8, (24, 12), still=True)
+        assert clip.meta["pushed"] == 0 and (clip.flow != 0).any()
+        assert clip.meta["poses"] == simulate(scenario, seed, 8, (24, 12), {"strength": 0.0}).meta["poses"]
+
+
+def test_driving_knows_no_push():
+    clips = [simulate("driving", 3, 2, (16, 8), still=still) for still in (False, True)]
+    assert clips[0].meta == clips[1].meta and (clips[0].flow == clips[1].flow).all()
+
+
+def test_a_crate_is_still_with_what_lies_in_it():
+    """In the pushed scene, things still fall into it."""
+    for seed in range(6):
+        falling, lying = (np.array(simulate("contain", seed, 16, (8, 8), still=still).meta["poses"])
+                          for still in (False, True))  # fmt: skip
+        assert lying[0, :, 2].max() <= falling[0, :, 2].max() + 1e-3
+        assert np.linalg.norm(lying[0, :, :2], axis=1).max() < 0.8  # nothing lies outside
+
+
+def test_still_clips_are_a_share_that_grows():
+    for scenario in ("dominoes", "tower"):
+        few, many = ([is_still(scenario, seed, share) for seed in range(2000)] for share in (0.15, 0.4))
+        assert 0.12 < np.mean(few) < 0.18 and 0.36 < np.mean(many) < 0.44
+        assert (np.array(many) >= few).all()
+    assert not any(is_still("dominoes", seed, 0.0) for seed in range(100))
+    assert all(is_still("dominoes", seed, 1.0) for seed in range(100))
+
+
+def branches(clip):
+    """Ids of the row, and of the two branches from their first domino on, by where they stand."""
+    place = np.array(clip.meta["poses"][0])[:, :2]
+    order = np.argsort(place[:, 0])
+    row = order[:-4]
+    left, right = ([int(i) + 1 for i in order[-4:] if side * place[i, 1] > 0] for side in (1, -1))
+    assert np.abs(place[row, 1]).max() < 0.1 and len(left) == len(right) == 2
+    return [int(i) + 1 for i in row], left, right
+
+
+def test_a_domino_hits_two_and_a_wide_gap_stops_one_branch():
+    both = stopped = 0
+    for seed in range(40):
+        clip = simulate("branch", seed, 16, (16, 8))
+        row, left, right = branches(clip)
+        place, fallen = np.array(clip.meta["poses"][0])[:, :2], set(clip.meta["fallen"])
+        if clip.meta["pushed"] != row[0]:
+            assert clip.meta["pushed"] or not fallen
+            continue
+        reached = set(row)
+        for branch in (left, right):
+            step = np.linalg.norm(place[branch[1] - 1] - place[branch[0] - 1])
+            reached |= set(branch if step < 1.3 * clip.meta["height"] else branch[:1])
+        assert fallen == reached, seed
+        assert clip.meta["wide_gap"] == (len(reached) < len(row) + 4)
+        both, stopped = both + (not clip.meta["wide_gap"]), stopped + clip.meta["wide_gap"]
+    assert both >= 10 and stopped >= 5
+
+
+def test_a_ball_fells_a_tower_that_it_hits_hard_and_no_other():
+    hit = missed = 0
+    for seed in range(30):
+        meta = simulate("tower", seed, 16, (8, 8)).meta
+        ball = meta["pushed"]
+        touched = any(ball in pair[:2] for pair in meta["contacts"])
+        blocks = {*range(1, len(meta["poses"][0]) + 1)} - {ball}
+        assert touched or not blocks & set(meta["fallen"]), seed
+        hit, missed = hit + touched, missed + (not touched)
+        if touched and meta["strength"] > 3:
+            assert blocks & set(meta["fallen"]), seed
+            soft = simulate("tower", seed, 16, (8, 8), {"strength": 0.3}).meta
+            assert not blocks & set(soft["fallen"]), seed
+    assert missed >= 3 and hit >= 15
+
+
+def driving_seed(case):
+    """The first seed of this case."""
+    return next(seed for seed in range(200) if draw_scene("driving", seed, 1, {})[0].truth["case"] == case)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "follow"])
+def test_another_ego_motion_ends_a_drive_differently_for_the_other(case):
+    seed = driving_seed(case)
+    first, second = (simulate("driving", seed, 16, SIZE, {"order": order}) for order in ("first", "second"))
+    assert first.meta["order"] == ["ego", "other"] and second.meta["order"] == ["other", "ego"]
+    assert (first.rgb[0] == second.rgb[0]).all() and (first.depth[0] == second.depth[0]).all()
+    other = first.meta["other"]
+    ends = [np.array(clip.meta["poses"])[-1, other - 1, :2] for clip in (first, second)]
+    assert np.linalg.norm(ends[0] - ends[1]) > 0.5
+    assert first.camera[:, 0].sum() > second.camera[:, 0].sum() + 2
+    assert (first.segmentation[0] == other).any()
+    faster = simulate("driving", seed, 16, SIZE, {"ego": 1})
+    assert (faster.flow == first.flow).all() and faster.meta["told"] == first.meta["told"]
+
+
+def test_a_lead_car_goes_where_it_is_told():
+    seed = driving_seed("follow")
+    ends = []
+    for told in ({"lead_speed": -1}, {"lead_speed": 1}, {"lead_lane": 1}, {"lead_lane": -1}):
+        meta = simulate("driving", seed, 16, (16, 8), told).meta
+        ends.append(np.array(meta["poses"])[-1, meta["other"] - 1])
+        assert meta["told"].items() >= told.items()
+    forth = np.array([ends[0][0], ends[1][0]])
+    assert forth[1] > forth[0] + 1 and ends[2][1] > ends[3][1] + 2
 
 
 def falls(seed, **push):
@@ -219,6 +339,11 @@ def test_bad_arguments_are_named():
         ({"scenario": "drop", "seed": -1}, "-1"),
         ({"scenario": "drop", "seed": 0, "size": 4}, "4"),
         ({"scenario": "drop", "seed": 0, "push": {"speed": 1}}, "speed"),
+        ({"scenario": "drop", "seed": 0, "push": {"side": 2}}, "side is 2"),
+        ({"scenario": "drop", "seed": 0, "push": {"side": 1}, "still": True}, "still"),
+        ({"scenario": "drop", "seed": 0, "push": {"ego": 1}}, "ego"),
+        ({"scenario": "driving", "seed": 0, "push": {"side": 1}}, "side"),
+        ({"scenario": "driving", "seed": 0, "push": {"order": "third"}}, "third"),
     ):
         with pytest.raises(ValueError, match=words):
             simulate(**told)
@@ -261,6 +386,13 @@ def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
     assert (image.rgb == clip.rgb[:, :, ::-1]).all() and image.meta["seed"] == 8
 
 
+def test_command_line_leaves_out_pushes(tmp_path):
+    told = ("--clips", 3, "--scenario", "dominoes", "--size", "24x16", "--frames", 2, "--workers", 1, "--seed", 5)
+    assert run(tmp_path, *told, "--still", 1).returncode == 0
+    clips = [Clip.load(path) for path in sorted(tmp_path.iterdir())]
+    assert len(clips) == 3 and all(clip.meta["still"] and not clip.flow.any() for clip in clips)
+
+
 @pytest.mark.parametrize(
     ("told", "word"),
     [
@@ -268,6 +400,7 @@ def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
         (("--size", "x"), "size"),
         (("--size", "4"), "size"),
         (("--clips", "0"), "clips"),
+        (("--still", "1.5"), "still"),
     ],
 )
 def test_command_line_mistakes_are_one_line(tmp_path, told, word):

@@ -1,0 +1,245 @@
+"""clips/traffic.py: who goes first, by geometry of its own; bodies that never overlap; IDM against its closed form."""
+
+import copy
+import math
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from clips.traffic import (
+    CAR,
+    CASES,
+    CLOSED,
+    HARDEST,
+    LANE,
+    SIDEWAYS,
+    WALKER,
+    User,
+    arrival,
+    at,
+    draw,
+    drive,
+    idm,
+    in_order,
+    on_road,
+    step,
+)
+
+DECIDED = [name for name in CASES if name != "follow"]
+DT = 0.1
+
+
+def case_of(name, seed):
+    return draw(np.random.default_rng([seed, sorted(CASES).index(name)]), name)
+
+
+def body(pose, manner, room=0.0):
+    """Corners of an oriented rectangle, [4, 2]."""
+    s, d, turn = pose
+    signs = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]])
+    local = signs * (np.array([manner.length, manner.width]) / 2 + room)
+    return local @ np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]) + (s, d)
+
+
+def overlap(a, b):
+    """Separating axes of two convex shapes."""
+    for shape in (a, b):
+        for edge in np.roll(shape, -1, axis=0) - shape:
+            normal = np.array([-edge[1], edge[0]])
+            if (a @ normal).max() < (b @ normal).min() or (b @ normal).max() < (a @ normal).min():
+                return False
+    return True
+
+
+def rectangle(zone):
+    (s0, d0), (s1, d1) = zone.low, zone.high
+    return np.array([[s0, d0], [s1, d0], [s1, d1], [s0, d1]])
+
+
+def who_passes_first(case, told):
+    """0 or 1, by what is seen of the poses alone."""
+    poses = drive(case, told, 16, DT).poses
+    if case.zone:
+        inside = [[overlap(body(poses[t, k], case.users[k].manner), rectangle(case.zone)) for t in range(17)]
+                  for k in (0, 1)]  # fmt: skip
+        times = [row.index(True) if True in row else 99 for row in inside]
+        assert times[0] != times[1]
+        return int(times[1] < times[0])
+    (ego, lane, _), (other, aside, _) = poses[-1, :2]
+    if other - ego > CAR.length:  # on its way into the ego car's lane
+        assert abs(aside - lane) < LANE - 0.1
+        return 1
+    assert aside == case.users[1].lane or other < ego  # it waits beside the ego car, or comes in behind
+    return 0
+
+
+def test_overlap_knows_turned_boxes():
+    square = body((0, 0, 0), CAR)
+    assert overlap(square, body((4.1, 0, 0), CAR)) and not overlap(square, body((4.3, 0, 0), CAR))
+    assert overlap(square, body((0, 2.9, math.pi / 2), CAR)) and not overlap(square, body((0, 3.1, math.pi / 2), CAR))
+    assert not overlap(square, body((3.2, 2.0, -math.pi / 4), CAR))  # the boxes around them meet
+
+
+@pytest.mark.parametrize("name", DECIDED)
+@pytest.mark.parametrize("seed", range(20))
+def test_another_ego_motion_reverses_the_order_of_passing(name, seed):
+    case = case_of(name, seed)
+    first, second = (drive(case, in_order({"ego": 0, "order": order}), 16, DT) for order in ("first", "second"))
+    assert (first.order, second.order) == ([0, 1], [1, 0])
+    assert [who_passes_first(case, {"ego": ego}) for ego in (1, -1)] == [0, 1]
+    assert (first.poses[0] == second.poses[0]).all()  # the same first frame
+    assert np.abs(first.poses[-1, 1, :2] - second.poses[-1, 1, :2]).max() > 0.5  # and another end for the other
+
+
+WISHES = [{"ego": ego} for ego in (-1, 0, 1)] + [{"lead_speed": -1}, {"lead_speed": 1, "ego": -1}]
+LANES = [{"ego_lane": -1}, {"ego_lane": 1, "ego": 1}, {"lead_lane": -1, "ego": 1}, {"lead_lane": 1, "lead_speed": -1}]
+
+
+def wishes_of(case):
+    """Those that the case has the lanes for."""
+    have = [told for told in LANES if case.name == "follow"]
+    return WISHES + have
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bodies_never_overlap(name):
+    for seed in range(20):
+        case = case_of(name, seed)
+        for told in wishes_of(case):
+            poses = drive(case, told, 50, DT).poses
+            for t, row in enumerate(poses):
+                shapes = [body(pose, user.manner, 0.05) for pose, user in zip(row, case.users, strict=True)]
+                for a, b in combinations(range(len(shapes)), 2):
+                    assert not overlap(shapes[a], shapes[b]), (seed, told, t, a, b)
+
+
+def test_nobody_on_foot_is_driven_over():
+    """The car stops before them, with room, whatever it wishes."""
+    waited = 0
+    for seed in range(40):
+        case = case_of("walk", seed)
+        for ego in (-1, 0, 1):
+            drove = drive(case, {"ego": ego}, 60, DT)
+            for row in drove.poses:
+                assert not overlap(body(row[0], CAR, 0.25), body(row[1], WALKER, 0.25)), (seed, ego)
+            waited += drove.order == [1, 0] and drove.speeds[:, 0].min() < 3
+            assert drove.poses[-1, 0, 0] > case.users[1].place[0]  # and it goes on when they are across
+    assert waited >= 40
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_speeds_and_accelerations_are_those_of_the_rules(name):
+    for seed in range(20):
+        case = case_of(name, seed)
+        for told in wishes_of(case):
+            drove = drive(case, told, 30, DT)
+            pull = np.diff(drove.speeds, axis=0) / DT
+            start = np.array([user.manner.start for user in case.users])
+            assert (drove.speeds >= 0).all() and (pull >= -HARDEST - 1e-9).all() and (pull <= start + 1e-9).all()
+            most = np.maximum([1.5 * user.wish for user in case.users], drove.speeds[0])
+            assert (drove.speeds <= most + 1e-9).all()
+            aside = np.diff(drove.poses[:, :, 1], axis=0) / DT * [user.axis == 0 for user in case.users]
+            assert np.abs(np.diff(aside, axis=0)[np.abs(pull[1:]) < 1]).max(initial=0) <= SIDEWAYS * DT + 0.35 * DT
+            steps = np.diff(drove.poses[:, :, :2], axis=0)
+            way = np.linalg.norm(steps, axis=-1)
+            assert (way <= np.hypot(1, 0.36) * drove.speeds.max(axis=0) * DT + 1e-9).all()
+
+
+def lone(speed, wish):
+    users = [User(at(0, 0), speed, wish), User(at(1e6, 50), 0.0, 0.0, lane=50.0)]
+    speeds = []
+    for _ in range(400):
+        step(users, None, DT)
+        speeds.append(users[0].speed)
+    return np.array(speeds)
+
+
+@pytest.mark.parametrize("speed", [0.0, 5.0, 14.0])
+def test_a_car_alone_comes_to_its_wished_speed(speed):
+    speeds = lone(speed, 9.0)
+    assert abs(speeds[-1] - 9) < 0.01
+    assert (np.diff(speeds) * (9 - speed) >= -1e-9).all()  # and never turns back
+
+
+@pytest.mark.parametrize("speed", [2.0, 5.0, 7.0])
+def test_the_gap_at_rest_in_the_flow_is_idms_closed_form(speed):
+    """(jam + v T) / sqrt(1 - (v / wish)^4), as a root of the rule, and as where a queue ends."""
+    wish = 9.0
+    expected = (CAR.jam + speed * CAR.headway) / math.sqrt(1 - (speed / wish) ** 4)
+    me = User(at(0, 0), speed, wish)
+    assert idm(me, expected, 0.0) == pytest.approx(0, abs=1e-9)
+    assert idm(me, expected + 0.1, 0.0) > 0 > idm(me, expected - 0.1, 0.0)
+    users = [User(at(0, 0), 4.0, wish), User(at(30, 0), speed, speed)]
+    for _ in range(2000):
+        step(users, None, DT)
+    assert users[1].place[0] - users[0].place[0] - CAR.length == pytest.approx(expected, abs=0.05)
+
+
+def test_arrival_is_when_the_way_is_done():
+    for speed, pull in ((5, 0), (5, 2), (0, 1.5), (6, -1)):
+        seconds = arrival(12, speed, pull)
+        assert speed * seconds + pull / 2 * seconds**2 == pytest.approx(12)
+    assert arrival(12, 4, -1) == math.inf and arrival(3, 0, 0) == math.inf and arrival(-1, 5, 0) == 0
+
+
+def test_the_arrow_of_a_lead_car_says_where_it_goes():
+    for seed in range(20):
+        case = case_of("follow", seed)
+        s = [drive(case, {"lead_speed": k}, 16, DT).poses[-1, 1, 0] for k in (-1, 0, 1)]
+        assert s[1] - s[0] > 1 and s[2] - s[1] > 1, seed
+        d = [drive(case, {"lead_lane": k}, 16, DT).poses[-1, 1, 1] for k in (-1, 0, 1)]
+        assert d[0] < -0.8 and d[1] == 0 and d[2] > 0.8, seed
+        ego = [drive(case, {"ego_lane": k}, 16, DT).poses[-1, 0, 1] for k in (-1, 0, 1)]
+        assert ego[0] < -0.5 and ego[1] == 0 and ego[2] > 0.5, seed
+
+
+def test_a_lane_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="lead_lane 1: the case crossing"):
+        drive(case_of("crossing", 0), {"lead_lane": 1}, 2, DT)
+
+
+def test_cut_ins_come_from_both_sides_and_some_brake():
+    cases = [case_of("cut_in", seed) for seed in range(40)]
+    assert {np.sign(case.users[1].lane) for case in cases} == {-1, 1}
+    braking = [case for case in cases if case.users[1].brakes]
+    assert 5 < len(braking) < 30
+    for case in braking:
+        calm = replace(case, users=copy.deepcopy(case.users))
+        calm.users[1].brakes = False
+        hard, soft = (drive(it, {"ego": -1}, 30, DT) for it in (case, calm))
+        assert hard.speeds[-1, 1] < soft.speeds[-1, 1] - 1
+        assert hard.speeds[-1, 0] <= soft.speeds[-1, 0] + 1e-9  # so does who drives behind it
+
+
+def test_who_has_to_leave_a_lane_stops_at_its_end():
+    for seed in range(20):
+        case = case_of("merge", seed)
+        other = case.users[1]
+        for ego in (-1, 0, 1):
+            for s, d, _ in drive(case, {"ego": ego}, 50, DT).poses[:, 1]:
+                left = abs(d - other.lane) > 0.9 + 0.9  # past the barrier's side
+                assert left or s + CAR.length / 2 < other.ends + CLOSED, (seed, ego)
+
+
+def test_the_same_seed_is_the_same_traffic():
+    for name in CASES:
+        a, b = (drive(case_of(name, 3), {"ego": 1}, 20, DT) for _ in range(2))
+        assert (a.poses == b.poses).all() and (a.speeds == b.speeds).all() and a.order == b.order
+        assert (drive(case_of(name, 4), {}, 0, DT).poses.shape != a.poses[:1].shape) or (
+            drive(case_of(name, 4), {}, 0, DT).poses != a.poses[:1]
+        ).any()
+        case = case_of(name, 3)
+        drive(case, {"ego": -1}, 20, DT)
+        assert (drive(case, {"ego": 1}, 20, DT).poses == a.poses).all()  # a drive leaves the case as it was
+
+
+@pytest.mark.parametrize("curvature", [0.0, 0.02, -0.015])
+def test_the_road_bends_as_told(curvature):
+    s = np.linspace(0, 40, 4001)
+    x, y = (np.concatenate([[0], np.cumsum(f(curvature * (s[:-1] + 0.005)) * 0.01)]) for f in (np.cos, np.sin))
+    world = on_road(np.stack([s, 0 * s, 0 * s], -1), curvature)
+    np.testing.assert_allclose(world, np.stack([x, y, curvature * s], -1), atol=1e-4)
+    left = on_road(np.array([20.0, 3.0, 0.1]), curvature) - world[2000]
+    np.testing.assert_allclose(left, [-3 * np.sin(20 * curvature), 3 * np.cos(20 * curvature), 0.1], atol=1e-9)
