@@ -232,22 +232,25 @@ def is_near(geom: np.void, view: np.void, v: Triple, reach: float) -> bool:
 
 
 @compiled
-def lights_in_sight(
-    geoms: np.ndarray, view: np.void, g: int, p: Triple, v: Triple, reach: float, among: np.ndarray, count: int
-) -> tuple[int, int]:
-    """How many lights shine on a point of geom g, and which, as bits. v, reach: the ray to it from their middle."""
-    near = abs(reach - view.far) < view.spread + SLACK
+def light_on(
+    geoms: np.ndarray, view: np.void, g: int, p: Triple, normal: Triple, among: np.ndarray, count: int
+) -> tuple[float, int]:
+    """Mean light of the four on a point of geom g, and which of them shine on it, as bits."""
+    v, reach, facing = towards(view.lamp, p, normal)
+    if facing * reach < -view.spread:
+        return 0.0, 0
+    differ = facing * reach < view.spread or abs(reach - view.far) < view.spread + SLACK
     for k in range(count):
-        near = near or (among[k] != g and is_near(geoms[among[k]], view, v, reach))
-    if not near:
-        return (4, 15) if reach < view.far else (0, 0)
-    lit, mask = 0, 0
+        differ = differ or (among[k] != g and is_near(geoms[among[k]], view, v, reach))
+    if not differ:
+        return (facing, 15) if reach < view.far else (0.0, 0)
+    light, mask = 0.0, 0
     for o in range(1, 5):
-        w, way, _ = towards(view.origins[o], p, v)
+        v, reach, facing = towards(view.origins[o], p, normal)
         mask *= 2
-        if way - SLACK < view.far and not is_blocked(geoms, o, w, way, among, count, g):
-            lit, mask = lit + 1, mask + 1
-    return lit, mask
+        if facing > 0 and reach - SLACK < view.far and not is_blocked(geoms, o, v, reach, among, count, g):
+            light, mask = light + facing / 4, mask + 1
+    return light, mask
 
 
 @compiled
@@ -362,10 +365,9 @@ def shade(
     """Colour under four lights; a number for square, geom, face and the lights in sight; the grain; brightness."""
     if g < 0:
         return SKY[0], SKY[1], SKY[2], -1, 0.0, 1.0
-    v, reach, facing = towards(view.lamp, p, normal_of(geoms[g], face, p))
-    lit, mask = lights_in_sight(geoms, view, g, p, v, reach, among, count) if facing > 0 else (0, 0)
+    light, mask = light_on(geoms, view, g, p, normal_of(geoms[g], face, p), among, count)
     red, green, blue, cell, grain = paint(geoms[g], view, p)
-    bright = 0.45 + 0.65 * facing * lit / 4
+    bright = 0.45 + 0.65 * light
     key = (cell * 4096 + g) * 64 + face * 16 + mask
     return red * bright, green * bright, blue * bright, key, grain, bright
 

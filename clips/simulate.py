@@ -1,13 +1,14 @@
-"""Physion-like clips with exact optical flow, instance ids and depth: MuJoCo's physics and MuJoCo's ray casting.
+"""Physion-like clips with exact optical flow, instance ids and depth: MuJoCo's physics, and rays of our own.
 
     python -m clips.simulate data --clips 2000 --scenario dominoes,collide --size 128x64 --workers 2 --seed 0
 
 Ten scenarios: dominoes, branch (a row of them that splits), collide, drop, roll, support (a stack that loses its base),
 contain, link (joined bodies), tower (a ball rolls at one) and driving (the camera is on a car). One object is pushed;
 everything else follows from physics. With `--still 0.15`, that share of the clips has no push, and all things rest; but
-in drop and roll they fall and roll by themselves, and driving knows no push. No OpenGL: pictures come
-from `mj_multiRay`, which returns for each ray the geom that it hits, the distance and the surface normal; a second ray,
-from the light, finds shadows. Flow is exact: every hit point moves rigidly with its body (and with the camera).
+in drop and roll they fall and roll by themselves, and driving knows no push. No OpenGL: clips/rays.py
+finds for each ray the geom that it hits, the distance and the surface normal; others, from four lights, find soft
+shadows. It compiles itself on its first import (some seconds) and keeps that on disk. Flow is exact: every hit point
+moves rigidly with its body (and with the camera).
 
 The same (scenario, seed, frames, size) gives the same bytes. What is true of a clip is in its `meta`:
     pushed, push          id that was pushed (0 = none) and its velocity in m/s; also side (+1, -1) and strength
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from clips.camera import UP, project, rotations
 from clips.clip import Clip
-from clips.render import Look, render
+from clips.rendering import Look, render
 from clips.scenes import BY_THEMSELVES, FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera, redraw_hidden
 from clips.traffic import OVERRIDES
 

@@ -94,6 +94,16 @@ def bare_excepts(modules):
     return [f"{name}:{node.lineno}" for name, node in nodes(modules, ast.ExceptHandler) if node.type is None]
 
 
+def test_no_module_has_the_name_of_what_its_package_offers():
+    """Importing a module puts it into its package under its name, in the place of what was there."""
+    for name, tree in read(ROOT, tracked("tests", "demo")).items():
+        offered = {
+            alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        modules = {path.stem for path in (ROOT / name).glob("*.py")} if (ROOT / name).is_dir() else set()
+        assert not offered & modules, name
+
+
 def test_imports_go_down_in_no_circle_and_not_into_other_packages():
     graph = graph_of(read(ROOT, tracked("tests", "demo")))
     assert {room(name) for name in graph} == HEIGHTS.keys()  # every module has a height

@@ -1,4 +1,4 @@
-"""clips/rays.py and clips/render.py against MuJoCo's own `mj_ray`, one ray at a time, and a shader of a few lines."""
+"""clips/rays.py and clips/rendering.py against MuJoCo's own `mj_ray`, ray by ray, and a shader of a few lines."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ import pytest
 
 import clips.simulate
 from clips.camera import rotations
-from clips.render import render
+from clips.rendering import render
 from clips.scenes import FAR, SCENARIOS
 
 SIZE, FRAME = (128, 64), 2
@@ -122,7 +122,7 @@ def test_flow_is_that_of_rigid_things_and_the_camera(shots, scenario):
 
 
 def test_processes_make_the_same_bytes_and_only_the_first_compiles():
-    """Importing clips.render compiles; the processes that `python -m clips.simulate` starts find it on disk."""
+    """Importing clips.rendering compiles; the processes that `python -m clips.simulate` starts find it on disk."""
     program = """
 import hashlib
 from clips.rays import draw
