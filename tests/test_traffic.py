@@ -93,6 +93,17 @@ def test_another_ego_motion_reverses_the_order_of_passing(name, seed):
     assert np.abs(first.poses[-1, 1, :2] - second.poses[-1, 1, :2]).max() > 0.5  # and another end for the other
 
 
+@pytest.mark.parametrize("name", ["crossing", "narrow", "walk"])
+def test_who_waited_goes_on_when_the_first_is_out(name):
+    for seed in range(20):
+        case = case_of(name, seed)
+        for ego in (-1, 1):
+            poses = drive(case, {"ego": ego}, 250, DT).poses
+            for k, user in enumerate(case.users[:2]):
+                shapes = [overlap(body(pose[k], user.manner), rectangle(case.zone)) for pose in poses]
+                assert any(shapes) and not shapes[-1], (seed, ego, k)  # in, and out again
+
+
 WISHES = [{"ego": ego} for ego in (-1, 0, 1)] + [{"lead_speed": -1}, {"lead_speed": 1, "ego": -1}]
 LANES = [{"ego_lane": -1}, {"ego_lane": 1, "ego": 1}, {"lead_lane": -1, "ego": 1}, {"lead_lane": 1, "lead_speed": -1}]
 
