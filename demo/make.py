@@ -38,10 +38,11 @@ from svd import VAE, ImageEncoder  # noqa: E402
 
 VAE_SHARE, ROUNDS = 0.25, 2  # of the minutes; of both stages
 CLIPS = 60000  # more than anybody has the time to simulate
+STILL = 0.15  # share of the clips in which nobody pushes: "told to stay" is learned from these
 # What a stage is told of a push is its first step; half of the clips show only what is pushed, the rest any part of it.
 TOLD = ["reduce=start", "mask_ratio=0.15", "mask_start=0.7", "splat_time=constant", "show_flow=true"]
 STAGES = {
-    "1": [*TOLD, "told=true", "still_ratio=0.1", "sigma_mean=2.0"],
+    "1": [*TOLD, "told=true", "sigma_mean=2.0"],
     "2": [*TOLD, "parameterization=x0", "draft=true", "sigma_mean=1.2"],
 }
 PARTS = {"vae": VAE, "image_encoder": ImageEncoder, "stage1": MotionDreamer, "stage2": MotionDreamer}
@@ -70,7 +71,17 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def simulating(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
     """Workers that add clips to OUT/clips until the block ends."""
-    told = [sys.executable, "-m", "clips.simulate", Path(arguments.out) / "clips", "--clips", CLIPS, "--mirror"]
+    told = [
+        sys.executable,
+        "-m",
+        "clips.simulate",
+        Path(arguments.out) / "clips",
+        "--clips",
+        CLIPS,
+        "--mirror",
+        "--still",
+        STILL,
+    ]
     told += ["--scenario", arguments.scenario, "--size", arguments.size, "--frames", arguments.frames]
     told += ["--seed", arguments.seed, "--workers", arguments.workers]
     log = open(Path(arguments.out) / "simulate.txt", "a")  # noqa: SIM115 (open as long as the process)
