@@ -120,7 +120,7 @@ def finish(processes: list[subprocess.Popen], seconds: float | None = None) -> N
         if late or failed:
             for process in processes:
                 if process.poll() is None:
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()  # train.py saves, as at Ctrl-C, which a job in the background does not hear
             for process in processes:
                 process.wait()
         time.sleep(0.1)

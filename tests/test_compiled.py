@@ -30,12 +30,12 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch, "compile", whole)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_denoiser_gives_the_same_numbers_and_gradients(traced, capsys, checkpointing):
+def test_a_compiled_denoiser_gives_the_same_numbers_and_gradients(traced, capsys):
+    """With checkpointing, which breaks graphs most easily."""
     torch.manual_seed(0)
     plain, fast = (randomize(UNet(UNET_CONFIG), 1) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
-    plain.gradient_checkpointing = fast.gradient_checkpointing = checkpointing
+    plain.gradient_checkpointing = fast.gradient_checkpointing = True
     compiled.compile_forward(fast)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):  # the second call is not the one that compiles

@@ -52,8 +52,8 @@ def test_where_one_training_fails_the_others_are_told_to_end():
 
 
 def test_a_round_ends_with_a_save_and_without_an_error():
-    """SIGINT is what train.py saves for."""
-    words = "import signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: sys.exit(0))\ntime.sleep(60)"
+    """SIGTERM is what train.py saves for."""
+    words = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\ntime.sleep(60)"
     started = time.monotonic()
     make.finish([process(words), process(words)], seconds=3)
     assert 3 <= time.monotonic() - started < 30
