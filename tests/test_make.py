@@ -1,16 +1,18 @@
 """demo/make.py: from nothing to a model folder, and what happens when a part fails."""
 
 import json
-import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import TINY, moving_squares
 
+import train
 from motion_dreamer import MotionDreamer
 from svd import VAE
 
@@ -19,25 +21,49 @@ sys.path.insert(0, str(ROOT / "demo"))
 import make  # noqa: E402
 
 
-def make_model(out, *words):
-    told = ["--out", out, "--minutes", 0.04, "--preset", "tiny", "--size", "32x16", "--frames", 3, "--first", 4]
-    told += ["--scenario", "dominoes,collide", "--workers", 1, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    told = [sys.executable, ROOT / "demo" / "make.py", *told]
-    return subprocess.run(list(map(str, told)), env=environment, capture_output=True, text=True)
+@contextmanager
+def two_squares(arguments):
+    """In the place of workers that simulate: a few clips at once."""
+    for seed in range(arguments.first):
+        moving_squares(seed, arguments.frames, 16, 32).save(Path(arguments.out) / "clips" / f"{seed}.safetensors")
+    yield None
 
 
-def test_from_nothing_to_a_model_in_half_precision(tmp_path):
-    done = make_model(tmp_path / "out", "--export", tmp_path / "shipped")
-    assert done.returncode == 0, done.stderr
+def test_from_nothing_to_a_model_in_half_precision(tmp_path, monkeypatch, capsys):
+    """Its own commands for train.py, run one after the other in this process."""
+    run = []
+
+    def popen(words, **_):
+        run.append(words)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        train.main()
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(make, "simulating", two_squares)
+    monkeypatch.setattr(make.subprocess, "Popen", popen)
+    told = ["--out", tmp_path / "out", "--minutes", 0.01, "--preset", "tiny", "--frames", 3, "--first", 4]
+    monkeypatch.setattr(
+        sys, "argv", list(map(str, ["make.py", *told, "--workers", 1, "--export", tmp_path / "shipped"]))
+    )
+    make.main()
+    assert [words[words.index("--stage") + 1] for words in run] == ["vae", "1", "2"]
     record = json.loads((tmp_path / "out" / "make.json").read_text())
-    clips = list((tmp_path / "out" / "clips").glob("*.safetensors"))
-    assert {path.name.split("_")[0] for path in clips} == {"dominoes", "collide"}
-    assert record["clips"] == len(clips) >= 4 and all(record[name]["steps"] for name in ("vae", "stage1", "stage2"))
+    assert record["clips"] == 4 and all(record[name]["steps"] for name in ("vae", "stage1", "stage2"))
     stages = [MotionDreamer.from_pretrained(tmp_path / "shipped", f"stage{i}") for i in (1, 2)]
     vae = VAE.from_pretrained(tmp_path / "shipped", "vae")
     assert {value.dtype for part in (*stages, vae) for value in part.parameters()} == {torch.float16}
     assert stages[0].config.told and stages[1].config.draft and stages[0].config.frames == 3
+
+
+def test_workers_simulate_until_the_block_ends(tmp_path):
+    words = {"scenario": "dominoes,collide", "size": "16x8", "frames": 1, "seed": 0, "workers": 1}
+    arguments = SimpleNamespace(out=str(tmp_path), first=2, **words)
+    with make.simulating(arguments) as simulator:
+        make.wait_for_clips(arguments, simulator)
+    assert simulator.poll() is not None
+    assert {path.name.split("_")[0] for path in make.clips_of(arguments)} <= {"dominoes", "collide"}
+    assert len(make.clips_of(arguments)) >= 2
 
 
 def process(words):
