@@ -16,7 +16,7 @@ import pytest
 import torch
 from forks import ROOT, Forks
 from safetensors.numpy import load_file, save_file
-from tiny import UNET_CONFIG, moving_squares, randomize, tiny_tower, tiny_vae
+from tiny import UNET_CONFIG, clips_in, randomize, tiny_tower, tiny_vae
 
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import STAGE1, MotionDreamer
@@ -37,10 +37,7 @@ def forks():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    for seed in range(5):
-        moving_squares(seed).save(folder / f"{seed}.safetensors")
-    return folder
+    return clips_in(tmp_path_factory.mktemp("clips"), 5)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The GPU kernels run on a GPU where there is one; elsewhere in Triton's interpret
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -397,7 +398,7 @@ def test_gpu_lists_are_sorted(on_gpu):
     _, flow, metric = case(1, 2, 1, 6, 7, 1.0, "softmax", device=DEVICE)
     index, _, start, source, _, _ = splat.list_gpu(flow, metric, "softmax")
     bounds, shuffled, again = start.tolist(), source.flatten().clone(), torch.zeros_like(source)
-    lists = list(zip(bounds, bounds[1:], strict=False))
+    lists = list(pairwise(bounds))
     assert max(b - a for a, b in lists) > 5 and bounds[-1] == len(source.flatten()) - (index == 42).sum()
     for a, b in lists:
         assert source.flatten()[a:b].tolist() == sorted(source.flatten()[a:b].tolist())

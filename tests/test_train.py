@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_rows
-from tiny import TINY, UNET_CONFIG, VAE_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
+from tiny import TINY, UNET_CONFIG, VAE_CONFIG, clips_in, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
 
 import train
 from clips import ClipDataset, ResumableSampler, render
@@ -48,10 +48,7 @@ def small_preset(monkeypatch):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    for seed in range(5):
-        moving_squares(seed).save(folder / f"{seed}.safetensors")
-    return folder
+    return clips_in(tmp_path_factory.mktemp("clips"), 5)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Small models and clips that several test files share. Weights are random also where training starts at zero."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -75,3 +77,10 @@ def moving_squares(seed: int = 0, frames: int = 4, height: int = 16, width: int 
             rgb[area], segmentation[area], depth[area] = color, instance, 4 + instance
             flow[area[0], :, area[1], area[2]] = step[:, None, None]
     return Clip(rgb, flow, segmentation, depth, fps=7.0, meta={"seed": seed})
+
+
+def clips_in(folder: Path, count: int) -> Path:
+    """Writes so many of them: 0.safetensors, 1.safetensors ..."""
+    for seed in range(count):
+        moving_squares(seed).save(folder / f"{seed}.safetensors")
+    return folder

@@ -97,9 +97,8 @@ def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDat
     place = "cpu" if arguments.shard else machine.device  # a GPU need not hold what is to be shared
     vae, image_encoder = frozen_encoders(arguments, machine)
     if arguments.start:
-        source = MotionDreamer.from_pretrained(
-            arguments.start, name, torch.float32, place
-        )  # on disk often half precision
+        full = torch.float32  # on disk, weights are often half precision
+        source = MotionDreamer.from_pretrained(arguments.start, name, full, place)
     config = stage_config(arguments, dataset, vae, source.config if source else None)
     if dataset.width % config.vae_factor or dataset.height % config.vae_factor:
         size = f"{dataset.width}x{dataset.height}"
