@@ -3,6 +3,7 @@
     python demo/make.py --minutes 9                  # a GPU and 16 cores: a quarter of an hour in all
     python demo/make.py --minutes 60                 # two cores
     python demo/make.py --minutes 9 --export demo    # and ship it: the weights in half precision
+    python demo/make.py --minutes 9 --start demo     # not from nothing: the weights that there are learn on
 
 1. Workers simulate clips of all scenarios into OUT/clips, as long as anything trains (one worker or two: as long as the
    VAE does).
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--minutes", type=float, default=9, help="of training (default %(default)g)")
     option("--out", default="runs/demo", metavar="DIR", help="clips, trainings and the model (default %(default)s)")
+    option("--start", metavar="DIR", help="a model folder whose weights learn on (default: from nothing)")
     option("--export", metavar="DIR", help="where the weights go in half precision, such as demo (default: nowhere)")
     option("--scenario", default=",".join(SCENARIOS), help="worlds (default %(default)s)")
     option("--size", default="128x64", help="of the pictures (default %(default)s)")
@@ -100,6 +102,7 @@ def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subpr
     told = [sys.executable, "train.py", "--stage", stage, "--preset", arguments.preset, "--minutes", minutes]
     told += ["--data", Path(arguments.out) / "clips", "--out", arguments.out, "--seed", arguments.seed, "--quiet"]
     told += ["--sample-every", 0, "--save-every", 300, "--cooldown", 0.7]
+    told += ["--start", arguments.start] if arguments.start else []
     gpu = torch.cuda.is_available()
     if stage == "vae":
         told += ["--frames", 2, "--batch", 16 if gpu else 2, "--workers", 4 if gpu else 0]

@@ -29,7 +29,7 @@ def two_squares(arguments):
     yield None
 
 
-def test_from_nothing_to_a_model_in_half_precision(tmp_path, monkeypatch, capsys):
+def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monkeypatch, capsys):
     """Its own commands for train.py, run one after the other in this process."""
     run = []
 
@@ -42,11 +42,13 @@ def test_from_nothing_to_a_model_in_half_precision(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(train.PRESETS, "tiny", TINY)
     monkeypatch.setattr(make, "simulating", two_squares)
     monkeypatch.setattr(make.subprocess, "Popen", popen)
-    told = ["--out", tmp_path / "out", "--minutes", 0.01, "--preset", "tiny", "--frames", 3, "--first", 4]
-    monkeypatch.setattr(
-        sys, "argv", list(map(str, ["make.py", *told, "--workers", 1, "--export", tmp_path / "shipped"]))
-    )
-    make.main()
+    told = ["--minutes", 0.01, "--preset", "tiny", "--frames", 3, "--first", 4, "--workers", 1]
+
+    def made(*words):
+        monkeypatch.setattr(sys, "argv", list(map(str, ["make.py", *told, *words])))
+        make.main()
+
+    made("--out", tmp_path / "out", "--export", tmp_path / "shipped")
     assert [words[words.index("--stage") + 1] for words in run] == ["vae", "1", "2"]
     record = json.loads((tmp_path / "out" / "make.json").read_text())
     assert record["clips"] == 4 and all(record[name]["steps"] for name in ("vae", "stage1", "stage2"))
@@ -54,6 +56,9 @@ def test_from_nothing_to_a_model_in_half_precision(tmp_path, monkeypatch, capsys
     vae = VAE.from_pretrained(tmp_path / "shipped", "vae")
     assert {value.dtype for part in (*stages, vae) for value in part.parameters()} == {torch.float16}
     assert stages[0].config.told and stages[1].config.draft and stages[0].config.frames == 3
+    run.clear()
+    made("--out", tmp_path / "more", "--start", tmp_path / "shipped")
+    assert [words[words.index("--start") + 1] for words in run] == [str(tmp_path / "shipped")] * 3
 
 
 def test_workers_simulate_until_the_block_ends(tmp_path):
