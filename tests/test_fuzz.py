@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clips import Clip
 from inputs import Arrows, apply_shapes, arrows_to_flow
 from inputs.photo import fit, read_inputs
 
@@ -151,3 +152,53 @@ def test_from_the_files_to_the_model(tmp_path_factory, content, size, ids_size, 
         assert all(part.shape[0] == 1 and part.shape[-2:] == model[::-1] for part in told.values())
         assert ((told["F"] == 0) | (told["mask"] == 1)).all()  # what moves is told
         assert inputs.depth is None or (inputs.depth > 0).all()
+
+
+# -------------------------------------------------------------------------------------------------------- clips, trials
+
+dtypes = st.sampled_from(["uint8", "int64", "float16", "float32", "float64", "bool", "S3"])
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 12, 16]), max_size=4)
+
+
+def array_of(dtype, shape, seed):
+    """Noise, ones, or what is not finite."""
+    rng = np.random.default_rng(seed)
+    values = [rng.normal(size=shape) * 100, np.ones(shape), np.full(shape, np.nan), np.full(shape, 1e30)][seed % 4]
+    with np.errstate(all="ignore"):
+        return np.nan_to_num(values).astype(dtype) if dtype in ("uint8", "int64") else values.astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def sound_trial(tmp_path_factory):
+    from test_physion import Spheres, write_trial
+
+    path = tmp_path_factory.mktemp("trial") / "sound.hdf5"
+    return write_trial(path, Spheres(12, 16, False), frames=3, view=0)
+
+
+@quick
+@hypothesis.given(data=st.data(), dtype=dtypes, shape=shapes, seed=st.integers(0, 99))
+@pytest.mark.filterwarnings("error")
+def test_any_member_of_a_trial(sound_trial, data, dtype, shape, seed):
+    """One member is gone, of another kind, cut off or of other numbers."""
+    from clips import physion
+
+    h5py = pytest.importorskip("h5py")
+    path = sound_trial.with_name("any.hdf5")
+    path.write_bytes(sound_trial.read_bytes())
+    with h5py.File(path, "a") as file:
+        members = []
+        file.visit(members.append)
+        name = data.draw(st.sampled_from(sorted(member for member in members if not member.startswith("frames/0003"))))
+        held = file[name][()] if isinstance(file[name], h5py.Dataset) else np.zeros(0)
+        change = data.draw(st.sampled_from(["gone", "group", "other", "same shape", "cut"]))
+        del file[name]
+        if change == "group":
+            file.create_group(name)
+        elif change != "gone":
+            other = {"other": shape, "same shape": np.shape(held)}.get(change)
+            file[name] = held[:5] if other is None and np.ndim(held) else array_of(dtype, other or [], seed)
+    none = physion.depth_annotator("none", "")
+    clip = told_or(lambda: physion.read_trial(path, physion.Cut(frames=2), None, none))
+    if clip and told_or(lambda: clip.save(path.with_suffix(".safetensors")) or True):
+        Clip.load(path.with_suffix(".safetensors")).tensors()

@@ -1,4 +1,10 @@
-"""clips/physion.py: trials to clips. Files are written here in the schema that Physion's have; flow in closed form."""
+"""clips/physion.py: trials to clips; flow in closed form.
+
+Files are written here as the generator (neuroailab/tdw_physics) writes them, whatever the reader thinks. Physion:
+encoded pictures, but depth as three bytes a pixel; names without an ending; frames from 0000. Physion 1.5 (at 868d89f):
+the names of pictures, matrices and poses end in _cam and the number of the camera, also of a single one; depth is a
+float array in metres; frames from 0001, 10 ms each; a group "azimuth" beside the others.
+"""
 
 import io
 import math
@@ -21,7 +27,7 @@ def command(*words) -> None:
 def test_h5py_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)  # importing it raises ImportError
     with pytest.raises(ValueError, match=r"^physion needs h5py: pip install h5py$"):
-        physion.read_trial(Path("x"), 0, 1, None, None, None)
+        physion.read_trial(Path("x"), physion.Cut(), None, None)
 
 
 def test_depth_bytes_by_hand():
@@ -140,28 +146,35 @@ def depth_bytes(depth: np.ndarray) -> np.ndarray:
     return np.stack([whole >> 16, whole >> 8 & 255, whole & 255], axis=-1).astype(np.uint8)
 
 
-def write_trial(path: Path, scene: Spheres, frames: int = 7, cam0: bool = False, without: tuple[str, ...] = ()) -> Path:
-    """A trial in ThreeDWorld's schema, in Physion's naming or (cam0) in Physion 1.5's."""
+def write_trial(
+    path: Path, scene: Spheres, frames: int = 7, view: int | None = None, without: tuple[str, ...] = (), **images
+) -> Path:  # fmt: skip
+    """A trial of Physion, or (view) of Physion 1.5 as seen by that camera. images: what a pass holds instead, by name:
+    a function of its frame's number."""
     h5py = pytest.importorskip("h5py")
-    suffix = "_cam0" if cam0 else ""
+    ending, first = ("", 0) if view is None else (f"_cam{view}", 1)
     with h5py.File(path, "w") as file:
         static = file.create_group("static")
         static["object_ids"], static["object_segmentation_colors"] = OBJECT_IDS, COLORS
         static["stimulus_name"], static["target_id"], static["probe_id"] = "rolling", 7, 41
         static["zone_id"] = np.array([], int)
+        if first:
+            file["azimuth/cam_0"] = np.eye(4)
         for t in range(frames):
-            frame = file.create_group(f"frames/{t + cam0:04d}")
+            frame = file.create_group(f"frames/{t + first:04d}")
             _, ids, depth = scene.points(t)
-            images = {"_img": encoded(noise(scene.height, scene.width, 3, seed=t), "JPEG" if cam0 else "PNG"),
+            passes = {"_img": encoded(noise(scene.height, scene.width, 3, seed=t)),
                       "_id": encoded(np.concatenate([[[0, 0, 0]], COLORS]).astype(np.uint8)[ids]),
-                      "_depth": encoded(depth_bytes(depth)) if cam0 else depth_bytes(depth)}  # fmt: skip
-            for name in set(images) - set(without):
-                frame.create_dataset(f"images/{name}{suffix}", data=images[name], compression="gzip")
+                      "_depth": depth.astype(np.float32) if first else depth_bytes(depth)}  # fmt: skip
+            passes |= {name: tell(t) for name, tell in images.items()}
+            for name in set(passes) - set(without):
+                frame.create_dataset(f"images/{name}{ending}", data=passes[name], compression="gzip")
             if "camera_matrices" not in without:
-                view, projection = scene.matrices(t)
-                frame[f"camera_matrices/camera_matrix{suffix}"] = view
-                frame[f"camera_matrices/projection_matrix{suffix}"] = projection
-            frame["objects/positions"], frame["objects/rotations"] = scene.center(t), scene.quaternions(t)
+                matrix, projection = scene.matrices(t)
+                frame[f"camera_matrices/camera_matrix{ending}"] = matrix
+                frame[f"camera_matrices/projection_matrix{ending}"] = projection
+            frame[f"objects/positions{ending}"] = scene.center(t).astype(np.float32)
+            frame[f"objects/rotations{ending}"] = scene.quaternions(t).astype(np.float32)
             pairs = {2: [[7, 41]], 3: [[41, 7], [99, 7], [41, 1234]], 4: [[41, 99]]}.get(t, [])
             frame["collisions/object_ids"] = np.array(pairs, int).reshape(-1, 2)
             states = [b"exit" if t == 4 else b"enter"] * len(pairs)
@@ -171,24 +184,23 @@ def write_trial(path: Path, scene: Spheres, frames: int = 7, cam0: bool = False,
     return path
 
 
-def trial(path: Path, start: int = 0, step: int = 1, frames: int | None = None) -> Clip:
-    return physion.read_trial(path, start, step, frames, None, physion.depth_annotator("none", ""))
+def trial(path: Path, **cut) -> Clip:
+    return physion.read_trial(path, physion.Cut(**cut), None, physion.depth_annotator("none", ""))
 
 
 @pytest.mark.parametrize("moving", [False, True])
-@pytest.mark.parametrize(("cam0", "step"), [(False, 1), (True, 1), (False, 2)])
-def test_a_trial_has_exact_flow(tmp_path, moving, cam0, step):
+@pytest.mark.parametrize(("view", "step"), [(None, 1), (0, 1), (None, 2)])
+def test_a_trial_has_exact_flow(tmp_path, moving, view, step):
     scene = Spheres(33, 47, moving)
-    clip = trial(write_trial(tmp_path / "t.hdf5", scene, cam0=cam0), start=0, step=step, frames=3)
+    clip = trial(write_trial(tmp_path / "t.hdf5", scene, view=view), step=step, frames=3)
     for k in range(3):
         _, ids, depth = scene.points(k * step)
         np.testing.assert_array_equal(clip.segmentation[k], ids)
         np.testing.assert_allclose(clip.depth[k], depth, atol=1e-4)
         np.testing.assert_allclose(clip.flow[k], scene.flow(k * step, (k + 1) * step), atol=2e-3)
-        if not cam0:
-            np.testing.assert_array_equal(clip.rgb[k], noise(33, 47, 3, seed=k * step))
+        np.testing.assert_array_equal(clip.rgb[k], noise(33, 47, 3, seed=k * step))
     assert set(np.unique(clip.segmentation)) == {0, 1, 2} and np.abs(clip.flow).max() > 1
-    assert clip.fps == 30 / step
+    assert clip.fps == (30 if view is None else 100) / step  # a frame of Physion 1.5 is 10 ms
     if moving:
         np.testing.assert_allclose(clip.camera, camera_of(scene, step), atol=1e-5)
     else:
@@ -259,7 +271,7 @@ def test_a_resized_trial(tmp_path, size):
 
 def test_physion_from_the_command_line(tmp_path):
     scene = Spheres(33, 47, False)
-    paths = [write_trial(tmp_path / f"{name}.hdf5", scene, cam0=cam0) for name, cam0 in (("a", False), ("b", True))]
+    paths = [write_trial(tmp_path / f"{name}.hdf5", scene, view=view) for name, view in (("a", None), ("b", 0))]
     words = [*paths, "--out", tmp_path / "out", "--step", 2, "--frames", 3, "--size", "94x66"]
     command(*words)
     assert names_in(tmp_path / "out") == ["a.safetensors", "b.safetensors"]
@@ -273,7 +285,7 @@ def test_physion_from_the_command_line(tmp_path):
 def test_a_trial_without_depth_needs_an_estimator(tmp_path, monkeypatch):
     path = write_trial(tmp_path / "t.hdf5", Spheres(33, 47, False), without=("_depth",))
     words = [path, "--out", tmp_path / "out", "--frames", 3]
-    with pytest.raises(ValueError, match=r"t\.hdf5: has no depth, poses or camera, so no exact flow; give --flow raft"):
+    with pytest.raises(ValueError, match=r"t\.hdf5: has no depth, so no exact flow; give --flow raft"):
         command(*words)
     assert not (tmp_path / "out").exists()
     stand_in_torchvision(monkeypatch)
@@ -302,10 +314,14 @@ def test_cloth_is_not_rigid(tmp_path):
     [
         (("_id",), [], "has no _id pass"),
         (("_img",), [], "has no _img pass"),
-        (("camera_matrices",), [], "has no depth, poses or camera"),
+        (("camera_matrices",), [], "has no poses or camera, so no exact flow; give --flow raft"),
         ((), ["--frames", 8], "has 7 frames, --start 0 --step 1 --frames 8 needs 8"),
         ((), ["--start", 6], "has 7 frames, --start 6 --step 1 --frames 2 needs 8"),
         ((), ["--step", 0], "--step 0: expected 1 at least"),
+        ((), ["--view", -1], "--view -1: expected 0 at least"),
+        ((), ["--fps", 0], "--fps 0: expected a number above 0"),
+        ((), ["--fps", "nan"], "--fps nan: expected a number above 0"),
+        ((), ["--view", 1], "has no _img pass of --view 1, but _img$"),
         ((), ["--flow", "nowhere"], "--flow nowhere: expected raft, raft-small or a folder"),
     ],
 )
@@ -323,7 +339,7 @@ def test_damaged_trials_are_named(tmp_path):
         trial(tmp_path / "a.hdf5")
     with h5py.File(tmp_path / "b.hdf5", "w") as file:
         file["static/object_ids"] = OBJECT_IDS
-    with pytest.raises(ValueError, match=r"b\.hdf5: is no trial: .*frames"):
+    with pytest.raises(ValueError, match=r"b\.hdf5: is no trial as .*frames"):
         trial(tmp_path / "b.hdf5")
     path = write_trial(tmp_path / "c.hdf5", Spheres(16, 21, False))
     with h5py.File(path, "a") as file:
@@ -337,3 +353,105 @@ def test_damaged_trials_are_named(tmp_path):
         file["frames/0001/objects/positions"][...] = np.nan
     with pytest.raises(ValueError, match=r"d\.hdf5: flow holds a value that is not finite"):
         trial(path)
+
+
+# --------------------------------------------------------------------------------------------- passes as they are found
+
+
+def test_another_camera_of_a_trial(tmp_path):
+    """A file holds one camera's view or several; nothing of one is mixed with another's."""
+    h5py = pytest.importorskip("h5py")
+    scene, still = Spheres(33, 47, True), Spheres(33, 47, False)
+    alone, both = (write_trial(tmp_path / f"{name}.hdf5", scene, view=1) for name in "ab")
+    other = write_trial(tmp_path / "c.hdf5", still, view=0)
+    with h5py.File(both, "a") as file, h5py.File(other) as source:
+        for number, frame in source["frames"].items():
+            for group in ("images", "camera_matrices", "objects"):
+                for name in frame[group]:
+                    source.copy(f"frames/{number}/{group}/{name}", file[f"frames/{number}/{group}"])
+    with pytest.raises(ValueError, match=r"a\.hdf5: has no _img pass of --view 0, but _img_cam1$"):
+        trial(alone, frames=2)
+    with pytest.raises(ValueError, match=r"b\.hdf5: has no _img pass of --view 2, but _img_cam0, _img_cam1$"):
+        trial(both, frames=2, view=2)
+    for path, view, seen in ((alone, 1, scene), (both, 1, scene), (both, 0, still)):
+        clip = trial(path, frames=2, view=view)
+        np.testing.assert_allclose(clip.depth[1], seen.points(1)[2], atol=1e-4)
+        np.testing.assert_allclose(clip.flow[1], seen.flow(1, 2), atol=2e-3)
+    with h5py.File(both, "a") as file:
+        del file["frames/0002/images/_id_cam1"]
+    with pytest.raises(ValueError, match=r"b\.hdf5: has no _id pass"):
+        trial(both, frames=2, view=1)
+    command(both, "--out", tmp_path / "out", "--view", 0, "--frames", 2, "--step", 2, "--fps", 30)
+    assert Clip.load(tmp_path / "out" / "b.safetensors").fps == 15
+
+
+def smooth(t: int) -> np.ndarray:
+    """A picture that JPG hardly changes."""
+    ramp = np.linspace(20, 230, 47)[None, :, None] * np.array([0.5, 1, 0.8]) + np.arange(33)[:, None, None] + t
+    return ramp.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("view", [None, 0])
+@pytest.mark.parametrize("kind", ["array", "upside down", "PNG", "beside a JPG"])
+def test_depth_that_is_the_picture_is_refused(tmp_path, monkeypatch, kind, view):
+    """As in released files. It would read as depth: 2 to 98 m."""
+    holds = {"array": smooth, "upside down": lambda t: smooth(t)[::-1], "PNG": lambda t: encoded(smooth(t))}
+    images = {"_img": lambda t: encoded(smooth(t), "JPEG" if kind == "beside a JPG" else "PNG")}
+    images["_depth"] = holds.get(kind, smooth)
+    path = write_trial(tmp_path / "t.hdf5", Spheres(33, 47, False), view=view, **images)
+    words = [path, "--out", tmp_path / "out", "--frames", 2]
+    with pytest.raises(ValueError, match=r"t\.hdf5: its _depth pass holds the picture, so no exact flow; give --flow"):
+        command(*words)
+    assert not (tmp_path / "out").exists()
+    stand_in_torchvision(monkeypatch)
+    command(*words, "--flow", "raft")  # who brings estimators does not need the pass
+    assert (Clip.load(tmp_path / "out" / "t.safetensors").depth == 1).all()
+
+
+def test_depth_that_poses_contradict_is_refused(tmp_path):
+    """Whatever else a pass may hold: shares of the far plane, colours of another pass, millimetres."""
+    scene = Spheres(33, 47, False)
+
+    def depth(t: int) -> np.ndarray:
+        return scene.points(t)[2]
+
+    wrong = {
+        "shares": lambda t: (depth(t) / 100).astype(np.float32),
+        "millimetres": lambda t: (depth(t) * 1000).astype(np.float32),
+        "noise": lambda t: noise(33, 47, 3, seed=50 + t),
+    }
+    for name, tell in wrong.items():
+        path = write_trial(tmp_path / f"{name}.hdf5", scene, view=0, _depth=tell)
+        with pytest.raises(ValueError, match=r"its _depth pass has object \d at .* m, its pose at .* m, so no exact"):
+            trial(path, frames=2)
+    for name, tell in {"single": depth, "half": lambda t: depth(t).astype(np.float16)}.items():
+        clip = trial(write_trial(tmp_path / f"{name}.hdf5", scene, view=0, _depth=tell), frames=2)
+        np.testing.assert_allclose(clip.depth[0], depth(0), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tell", "message"),
+    [
+        ("_depth", lambda t: np.ones((33, 47), np.uint16), r"its _depth pass is uint16 \[33, 47\]"),
+        ("_depth", lambda t: np.ones((33, 47, 3), np.float32), r"its _depth pass is float32 \[33, 47, 3\]"),
+        ("_depth", lambda t: encoded(smooth(t)[..., 0]), r"its _depth pass is PNG \(L\), expected"),
+        ("_depth", lambda t: encoded(smooth(t), "JPEG"), r"its _depth pass is JPEG \(RGB\), expected"),
+        ("_depth", lambda t: np.full((33, 47), -1.0), "its _depth pass holds -1, expected metres"),
+        ("_depth", lambda t: np.full((33, 47), np.nan), "its _depth pass has object . at nan m"),
+        ("_depth", lambda t: np.ones((32, 47), np.float32), r"its _depth pass is \[32, 47\], its _img pass"),
+        ("_id", lambda t: encoded(smooth(t), "JPEG"), r"its _id pass is JPEG \(RGB\), expected"),
+        ("_id", lambda t: encoded(smooth(t)), "its _id pass shows no colour of static/object_segmentation_colors"),
+        ("_img", lambda t: np.zeros((33, 47), np.uint8), r"its _img pass is uint8 \[33, 47\]"),
+        ("_img", lambda t: np.zeros(90, np.uint8), "its _img pass is no picture"),
+    ],
+)
+def test_a_pass_without_a_clear_meaning_is_refused(tmp_path, name, tell, message):
+    path = write_trial(tmp_path / "t.hdf5", Spheres(33, 47, False), frames=3, **{name: tell})
+    with pytest.raises(ValueError, match=rf"t\.hdf5: {message}"):
+        trial(path, frames=2)
+
+
+def test_a_trial_in_which_nothing_is_seen_has_no_ids(tmp_path):
+    scene = Spheres(33, 47, False)
+    path = write_trial(tmp_path / "t.hdf5", scene, _id=lambda t: encoded(np.zeros((33, 47, 3), np.uint8)))
+    assert not trial(path, frames=2).segmentation.any()
