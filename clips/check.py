@@ -9,23 +9,24 @@ import argparse
 import os
 import sys
 
-from clips.clip import Clip, find_clips
+from clips.clip import Clip, clip_header, find_clips
 
 # --------------------------------------------------------------------------------------------------------- command line
 
 
 def check(folder: str | os.PathLike) -> list[str]:
-    """One line for every clip of a folder that cannot be read or differs in size from the first readable one."""
+    """One line for every clip of a folder that cannot be read, or whose pictures are of another size than those of the
+    first readable one. Lengths may differ: training takes windows."""
     problems, size = [], None
     for path in find_clips(folder):
         try:
-            shape = Clip.load(path).rgb.shape
+            height, width = Clip.load(path).rgb.shape[1:3]
         except ValueError as error:
             problems.append(str(error))
             continue
-        size = size or shape
-        if shape != size:
-            problems.append(f"{path}: [T, H, W, 3] is {list(shape)}, the first clip has {list(size)}")
+        size = size or (width, height)
+        if (width, height) != size:
+            problems.append(f"{path}: is {width}x{height}, the first clip {size[0]}x{size[1]}")
     return problems
 
 
@@ -41,7 +42,10 @@ def main() -> None:
         print(f"clips.check: {line}", file=sys.stderr)
     if problems:
         sys.exit(2)
-    print(f"{folder}: {len(find_clips(folder))} clips, all readable and of one size")
+    lengths = [clip_header(path)[0][0] for path in find_clips(folder)]
+    low, high = min(lengths), max(lengths)
+    told = f"{high} frames" if low == high else f"{low} to {high} frames: train with --frames {low} at most"
+    print(f"{folder}: {len(lengths)} clips, all readable and of one size, {told}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ last frame is unknown, the last row repeats the one before. A network is told th
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,11 @@ def _halved(values: np.ndarray, name: str) -> np.ndarray:
     return half
 
 
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that float32, which tensors have, can hold."""
+    return isinstance(value, Real) and bool(abs(value) < 1e38)
+
+
 @dataclass
 class Clip:
     """One video with its motion representation. Raises ValueError when shapes disagree or a value is not finite.
@@ -61,9 +66,12 @@ class Clip:
     meta: dict = field(default_factory=dict)  # JSON: scenario, seed, truth of the simulator; "motion_bucket" if known
 
     def __post_init__(self) -> None:
+        if len(np.shape(self.rgb)) != 4 or 0 in np.shape(self.rgb):
+            raise ValueError(f"rgb has shape {np.shape(self.rgb)}, expected [T, H, W, 3]")
         frames, height, width = self.rgb.shape[:3]
-        with np.errstate(over="ignore"):  # infinity is refused below
-            camera = np.asarray(self.camera, np.float32)
+        camera = np.asarray(self.camera)
+        with np.errstate(over="ignore"):  # infinity is refused below, and what is no number
+            camera = camera.astype(np.float32) if camera.dtype.kind in "fiu" else camera
         self.camera = np.tile(camera, (frames, 1)) if camera.shape == (2,) else camera
         shapes = {
             "rgb": (frames, height, width, 3),
@@ -73,43 +81,46 @@ class Clip:
             "camera": (frames, 2),
         }
         for name, shape in shapes.items():
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
+            if np.shape(getattr(self, name)) != shape:
+                raise ValueError(f"{name} has shape {np.shape(getattr(self, name))}, expected {shape}")
         for name in ("rgb", "segmentation"):
             if getattr(self, name).dtype != np.uint8:
                 raise ValueError(f"{name} is {getattr(self, name).dtype}, expected uint8")
         for name in ("flow", "depth", "camera"):
+            if (kind := getattr(self, name).dtype).kind not in "fiu":
+                raise ValueError(f"{name} is {kind}, expected floats")
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} holds a value that is not finite")
         if not (self.depth > 0).all():
             raise ValueError(f"depth holds {self.depth.min():g}, expected positive distances")
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise ValueError(f"fps is {self.fps}, expected a positive number")
+        if not (_is_finite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps is {self.fps!r:.40}, expected a positive number")
+        if not (isinstance(self.meta, dict) and _is_finite(self.meta.get("motion_bucket", 127))):
+            raise ValueError(f"meta is {str(self.meta)[:80]}, expected a dict, with a number as motion_bucket")
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one file, complete or not at all; flow and depth are kept in half precision.
 
-        Raises ValueError that begins with the path when half precision cannot hold a value: flow or depth beyond
-        65,504, or a depth so small that it would become 0.
+        Whatever is written can be read again: raises ValueError that begins with the path for what `load` would refuse
+        (parts may have been changed since they were checked), and when half precision cannot hold a value: flow or
+        depth beyond 65,504, or a depth so small that it would become 0.
         """
         path = Path(path)
         try:
+            camera = replace(self).camera  # all parts are checked once more
             flow, depth = _halved(self.flow, "flow"), _halved(self.depth, "depth")
             if not depth.all():
                 raise ValueError(f"depth holds {self.depth[depth == 0][0]:g}, which half precision makes 0")
+            told = json.dumps({"fps": float(self.fps), "meta": self.meta}, sort_keys=True)
+        except TypeError as error:  # of json
+            raise ValueError(f"{path}: meta is no JSON: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        tensors = {
-            "rgb": self.rgb,
-            "flow": flow,
-            "segmentation": self.segmentation,
-            "depth": depth,
-            "camera": self.camera,
-        }
+        parts = {"rgb": self.rgb, "flow": flow, "segmentation": self.segmentation, "depth": depth, "camera": camera}
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"clip": json.dumps({"fps": float(self.fps), "meta": self.meta}, sort_keys=True)}  # one: no order
         with whole_file(path) as partial:
-            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
+            tensors = {name: np.ascontiguousarray(part) for name, part in parts.items()}
+            save_file(tensors, partial, {"clip": told})  # one text: several would come in any order
 
     @classmethod
     def load(cls, path: str | os.PathLike, start: int = 0, frames: int | None = None) -> Clip:
@@ -118,21 +129,26 @@ class Clip:
         Raises ValueError that begins with the path: missing or damaged file, too few frames, wrong shapes, NaN.
         """
         try:
-            with safe_open(path, framework="numpy") as file:
+            with safe_open(path, framework="numpy") as file, np.errstate(over="ignore"):  # infinity is refused below
                 stop = None if frames is None else start + frames
                 missing = {"rgb", "flow", "segmentation", "depth", "camera"} - set(file.keys())
                 if missing:
                     raise ValueError(f"has no {', '.join(sorted(missing))}")
-                total = file.get_slice("rgb").get_shape()[0]
+                counts = {name: (file.get_slice(name).get_shape() or [0])[0] for name in file.keys()}  # noqa: SIM118
+                total = counts["rgb"]
+                for name in ("flow", "segmentation", "depth"):
+                    if counts[name] != total:
+                        raise ValueError(f"{name} has {counts[name]} frames, rgb {total}")
                 if total < (stop or 1):
                     raise ValueError(f"has {total} frames, {stop or 1} are needed")
                 part = {name: file.get_slice(name)[start:stop] for name in ("rgb", "flow", "segmentation", "depth")}
-                part |= {"flow": part["flow"].astype(np.float32), "depth": part["depth"].astype(np.float32)}
-                camera = file.get_tensor("camera")
+                for name in ("flow", "depth"):
+                    part[name] = part[name].astype(np.float32, casting="same_kind")
+                camera = np.atleast_1d(file.get_tensor("camera"))
                 camera = camera if camera.ndim == 1 else camera[start:stop]  # [2] in former files: of every frame
                 told = json.loads((file.metadata() or {}).get("clip", "{}"))
                 return cls(**part, camera=camera, **told)
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # AttributeError: bfloat16
             raise ValueError(f"{path}: {error}") from None
 
     def mirrored(self) -> Clip:
@@ -168,7 +184,12 @@ def clip_header(path: str | os.PathLike) -> tuple[tuple[int, ...], float]:
     try:
         with safe_open(path, framework="numpy") as file:
             told = json.loads((file.metadata() or {}).get("clip", "{}"))
-            return tuple(file.get_slice("rgb").get_shape()), float(told.get("fps", FPS))
+            shape = tuple(file.get_slice("rgb").get_shape())
+            if len(shape) != 4:
+                raise ValueError(f"rgb has shape {shape}, expected [T, H, W, 3]")
+            if not _is_finite(fps := told.get("fps", FPS)):
+                raise ValueError(f"fps is {fps!r:.40}, expected a positive number")
+            return shape, float(fps)
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -76,6 +76,17 @@ def test_load_reads_a_window(tmp_path):
         ({"camera": np.zeros((4, 2), np.float32)}, r"camera has shape \(4, 2\), expected \(5, 2\)"),
         ({"camera": np.zeros(3, np.float32)}, r"camera has shape \(3,\)"),
         ({"camera": np.zeros((1, 2), np.float32)}, r"camera has shape \(1, 2\)"),
+        ({"camera": np.zeros((5, 2), complex)}, "camera is complex128, expected floats"),
+        ({"flow": np.zeros((5, 2, 7, 9), complex)}, "flow is complex128, expected floats"),
+        ({"depth": np.full((5, 7, 9), "1")}, "depth is <U1, expected floats"),
+        ({"rgb": np.zeros((0, 7, 9, 3), np.uint8)}, r"rgb has shape \(0, 7, 9, 3\), expected \[T, H, W, 3\]"),
+        ({"rgb": np.zeros((5, 7, 0, 3), np.uint8)}, r"rgb has shape \(5, 7, 0, 3\), expected"),
+        ({"rgb": np.zeros((5, 7), np.uint8)}, r"rgb has shape \(5, 7\), expected"),
+        ({"fps": "7"}, "fps is '7'"),
+        ({"fps": None}, "fps is None"),
+        ({"fps": 10**400}, "fps is 1000"),
+        ({"meta": [1]}, r"meta is \[1\], expected a dict"),
+        ({"meta": {"motion_bucket": None}}, "meta is {'motion_bucket': None}, expected a dict, with a number"),
     ],
 )
 def test_a_wrong_clip_is_refused(change, message):
@@ -96,6 +107,28 @@ def test_a_wrong_clip_is_refused(change, message):
 def test_what_reading_would_refuse_is_not_written(tmp_path, name, value, message):
     clip, path = random_clip(), tmp_path / "a.safetensors"
     getattr(clip, name)[3, ..., 2, 4] = value
+    with pytest.raises(ValueError, match=f"a.safetensors: {message}"):
+        clip.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("flow", np.full((5, 2, 7, 9), np.nan, np.float32), "flow holds a value that is not finite"),
+        ("depth", np.full((5, 7, 9), -1, np.float32), "depth holds -1"),
+        ("depth", np.ones((5, 7, 8), np.float32), "depth has shape"),
+        ("segmentation", np.zeros((5, 7, 9), np.int64), "segmentation is int64"),
+        ("camera", np.full((5, 2), 1e300), "camera holds a value that is not finite"),
+        ("fps", float("nan"), "fps is nan"),
+        ("meta", None, "meta is None"),
+        ("meta", {"a": np.float32(1)}, "meta is no JSON: Object of type float32"),
+        ("meta", {1: 2, "a": 3}, "meta is no JSON: "),
+    ],
+)
+def test_a_part_that_was_changed_is_checked_before_it_is_written(tmp_path, name, value, message):
+    clip, path = random_clip(), tmp_path / "a.safetensors"
+    setattr(clip, name, value)
     with pytest.raises(ValueError, match=f"a.safetensors: {message}"):
         clip.save(path)
     assert not list(tmp_path.iterdir())
@@ -124,6 +157,11 @@ def test_damaged_files_are_named(tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match="a.safetensors: has no depth"):
         Clip.load(path)
+    tensors["depth"] = np.ones((9, 7, 9), np.float16)  # of another video: the first frames of it are not ours
+    save_file(tensors, path)
+    for window in ((0, None), (1, 2)):
+        with pytest.raises(ValueError, match="a.safetensors: depth has 9 frames, rgb 5"):
+            Clip.load(path, *window)
 
 
 def test_tensors_have_the_stated_units():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clips import Clip
+from clips import Clip, ClipDataset
 from inputs import Arrows, apply_shapes, arrows_to_flow
 from inputs.photo import fit, read_inputs
 
@@ -163,9 +163,10 @@ shapes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 12, 16]), max_size=4)
 def array_of(dtype, shape, seed):
     """Noise, ones, or what is not finite."""
     rng = np.random.default_rng(seed)
-    values = [rng.normal(size=shape) * 100, np.ones(shape), np.full(shape, np.nan), np.full(shape, 1e30)][seed % 4]
+    values = [100 * rng.normal(size=shape), np.ones(shape), np.full(shape, np.nan), np.full(shape, 1e30)]
+    values = np.asarray(values[seed % 4])
     with np.errstate(all="ignore"):
-        return np.nan_to_num(values).astype(dtype) if dtype in ("uint8", "int64") else values.astype(dtype)
+        return np.asarray((np.nan_to_num(values) if dtype in ("uint8", "int64") else values).astype(dtype))
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +203,57 @@ def test_any_member_of_a_trial(sound_trial, data, dtype, shape, seed):
     clip = told_or(lambda: physion.read_trial(path, physion.Cut(frames=2), None, none))
     if clip and told_or(lambda: clip.save(path.with_suffix(".safetensors")) or True):
         Clip.load(path.with_suffix(".safetensors")).tensors()
+
+
+parts = st.sampled_from(["rgb", "flow", "segmentation", "depth", "camera"])
+any_meta = st.dictionaries(st.text(max_size=3) | st.just("motion_bucket"), anything, max_size=2)
+
+
+@quick
+@hypothesis.given(
+    part=parts,
+    power=st.integers(-12, 12),
+    dtype=dtypes,
+    shape=shapes | st.none(),
+    seed=st.integers(0, 9),
+    fps=numbers | st.just(7.0),
+    meta=any_meta,
+)
+@pytest.mark.filterwarnings("error")
+def test_any_clip_that_is_written_can_be_read(tmp_path_factory, part, power, dtype, shape, seed, fps, meta):
+    """By `check` and by training; what cannot is refused before a file is there."""
+    from test_clip import random_clip
+
+    from clips.check import check
+
+    clip, folder = random_clip(frames=2, height=3, width=4), tmp_path_factory.mktemp("written")
+    value = getattr(clip, part)
+    changed = value * np.float32(10.0**power) if shape is None else array_of(dtype, shape, seed)
+    for name, new in ((part, changed if value.dtype != np.uint8 or shape else value), ("fps", fps), ("meta", meta)):
+        setattr(clip, name, new)
+    if told_or(lambda: clip.save(folder / "a.safetensors") or True):
+        assert check(folder) == []
+        ClipDataset(folder)[(0, 0)]
+    assert len(list(folder.iterdir())) <= 1
+
+
+@quick
+@hypothesis.given(part=parts, dtype=dtypes, shape=shapes | st.none(), seed=st.integers(0, 9), told=st.none() | anything)
+@pytest.mark.filterwarnings("error")
+def test_any_clip_file(tmp_path_factory, part, dtype, shape, seed, told):
+    """Read, or one line that begins with the file."""
+    from safetensors.numpy import load_file, save_file
+    from test_clip import random_clip
+
+    path = tmp_path_factory.mktemp("any") / "a.safetensors"
+    random_clip(frames=2, height=3, width=4).save(path)
+    tensors = load_file(path)
+    del tensors[part]
+    if shape is not None and dtype != "S3":
+        tensors[part] = array_of(dtype, shape, seed)
+    save_file(tensors, path, {"clip": json.dumps(told)})
+    for read in (lambda: Clip.load(path, 1, 1).tensors(), lambda: ClipDataset(path.parent)[(0, 0)]):
+        try:
+            read()
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
