@@ -12,7 +12,8 @@ several scenarios have figures by scenario, and their mean.
 
 The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the instance flow of the
 object that was pushed. A careless user marks no other object: --marked pushed. The clips' own truth comes from
-clips.simulate, which also says what another push would have done.
+clips.simulate, which also says what another push would have done; of other clips, as those of clips.annotate and
+clips.physion, figures that need what they lack are left out, which is said below the table.
 
 The measures themselves are in metrics/, what trains the rows of a table is in training/tables.py. `Maps` are flow
 [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb [T, 3, H, W] of one clip, by the names of `Clip.tensors`.
@@ -26,9 +27,11 @@ import json
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -40,20 +43,7 @@ from tqdm import tqdm
 import metrics
 from clips import CODEC_VERSION, Clip, ClipDataset, Motion
 from instance_flow import instance_flow
-from metrics import (
-    COLUMNS,
-    LABELS,
-    Features,
-    Maps,
-    Scene,
-    Sums,
-    cell,
-    extractors_of,
-    frozen,
-    line,
-    markdown,
-    scenario_tables,
-)
+from metrics import COLUMNS, LABELS, Features, Maps, Scene, Sums, cell, extractors_of, frozen, line, markdown
 from motion_dreamer import MotionDreamer, StageConfig, dream
 from show import written_whole
 from svd import VAE, ImageEncoder
@@ -71,6 +61,8 @@ def exact_features(scene: Scene) -> Tensor:
     """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
     from clips.simulate import tracks  # needs mujoco, which nothing else here does
 
+    if not scene.meta["arrow"].keys() >= metrics.HIT_TRUTH:
+        raise ValueError(f"{scene.path}: is not from clips.simulate, whose exact tracks --trackers exact needs")
     clip = Clip.load(scene.path, 0, metrics.WINDOW)
     return metrics.tracked_features(
         lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
@@ -125,6 +117,7 @@ class Sampler:
     model: Model
     cache: Path
     settings: dict  # sampling_steps, guidance, seed, batch, marked
+    videos: tuple[str, ...] = ("rgb", "rgb_own")  # of these kinds; the first is only asked by the demo's figures
 
     @cached_property
     def makers(self) -> dict[str, list[str]]:
@@ -240,8 +233,7 @@ def twin_of(scene: Scene) -> Views:
 def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int) -> list[Views]:
     """What the model shows of each scene; "told" are the ids that its Stage II was told, None without them."""
     motions = {push: sampler.make(scenes, push, seed) for push in pushes if sampler.can_tell(push)}
-    kinds = ("rgb", "rgb_own") if pushes == PUSHES else ("rgb_own",)  # only the demo's figures ask for both
-    videos = [sampler.make(scenes, kind, seed) for kind in kinds]
+    videos = [sampler.make(scenes, kind, seed) for kind in sampler.videos]
     views = [{push: made[i] for push, made in motions.items()} for i in range(len(scenes))]
     for i, view in enumerate(views):
         view["arrow"] = view.get("arrow", {}) | {name: maps for video in videos for name, maps in video[i].items()}
@@ -252,8 +244,8 @@ def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], se
 def measure(
     scenes: list[Scene], sampler: Sampler, arguments: argparse.Namespace, features: Features, alone: bool
 ) -> Rows:
-    """Figures of a batch of scenes, by source; the features of its videos go into `features`."""
-    pushes = PUSHES if "demo" in arguments.metrics else ("arrow",)
+    """Figures of scenes that know the same pushes, by source; the features of their videos go into `features`."""
+    pushes = tuple(push for push in PUSHES if push in scenes[0].truth)
     sources, rows = views_of(scenes, sampler, pushes, alone), {}
     for name, seen in sources.items():
         rows[name] = [figures_of(views, scene, arguments.metrics) for views, scene in zip(seen, scenes, strict=True)]
@@ -305,20 +297,22 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     paths = clips.paths[: arguments.clips]
     sampler = sampler_of(arguments, model)
     features, rows, shared = features_of(arguments, device), {}, {} if shared is None else shared
-    scenarios: list[str] = []  # of every clip
+    scenarios, lacking = [], Counter()  # of every clip
     if alone := bool(shared):
         rows, features.found = dict(shared["rows"]), {key: dict(found) for key, found in shared["features"].items()}
 
     # A batch of clips at a time: what is true, what the model makes of it, and how far they differ.
     for i in tqdm(range(0, len(paths), arguments.batch), folder.name, unit="batch", disable=arguments.quiet):
         scenes = [truth_of(path, frames, device, arguments.marked) for path in paths[i : i + arguments.batch]]
-        scenarios += [scene.meta["arrow"].get("scenario", "") for scene in scenes]
+        scenarios += [str(scene.meta["arrow"].get("scenario", "unnamed")) for scene in scenes]
+        lacking.update(name for scene in scenes for name in scene.lacks(arguments.metrics))
         for scene in scenes if "demo" in arguments.metrics else []:
             add_other_pushes(scene, sampler.cache, device)
         for scene in [] if alone else scenes:
             add_twin(scene, sampler.cache, device, arguments.marked)
-        for source, found in measure(scenes, sampler, arguments, features, alone).items():
-            rows.setdefault(source, []).extend(found)
+        for _, some in groupby(scenes, lambda scene: "opposite" in scene.truth):
+            for source, found in measure(list(some), sampler, arguments, features, alone).items():
+                rows.setdefault(source, []).extend(found)
     if not alone:
         shared["rows"] = {source: found for source, found in rows.items() if source in BESIDE}
         shared["features"] = {key: {s: f[s] for s in BESIDE if s in f} for key, f in features.found.items()}
@@ -329,6 +323,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
         "model": str(folder), "weights": model.identity()[0], "frames": frames, "size": [clips.width, clips.height],
         "clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name, "device": device,
         "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1), "rules": rules(),
+        "lacking": dict(lacking),
     }  # fmt: skip
     return {
         "figures": figures,
@@ -349,7 +344,8 @@ def clips_of(arguments: argparse.Namespace, config: StageConfig) -> ClipDataset:
 def sampler_of(arguments: argparse.Namespace, model: Model) -> Sampler:
     cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
     names = ("sampling_steps", "guidance", "seed", "batch", "marked")
-    return Sampler(model, cache, {name: getattr(arguments, name) for name in names})
+    videos = ("rgb", "rgb_own") if "demo" in arguments.metrics else ("rgb_own",)
+    return Sampler(model, cache, {name: getattr(arguments, name) for name in names}, videos)
 
 
 def features_of(arguments: argparse.Namespace, device: str) -> Features:
@@ -370,8 +366,9 @@ def footnote(settings: dict) -> str:
         f"{settings['clips']} clips of {settings['val']}, {settings['frames']} frames of {size}, stride 1; "
         f"{settings['sampling_steps']} sampling steps, guidance {settings['guidance']}, seed {settings['seed']}; "
         f"objects marked: {settings['marked']}; "
-        f"weights {settings['weights']}. Covariances: FVD over N, others over N - 1; nothing is added."
-    )
+        f"weights {settings['weights']}. Covariances: FVD over N, others over N - 1; nothing is added. "
+        f"{metrics.left_out(settings['lacking'])}"
+    ).strip()
 
 
 # ---------------------------------------------------------------------------------------------- the paper's tables
@@ -456,7 +453,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("expected --model DIR or --table 1 or 3")
         arguments.val = arguments.data
         result = evaluate(arguments, Path(arguments.model))
-        scenarios = scenario_tables(result["scenarios"]) if len(result["scenarios"]) > 2 else []
+        scenarios = metrics.scenario_tables(result["scenarios"]) if len(result["scenarios"]) > 2 else []
         text = "\n\n".join([*scenarios, markdown(result["figures"]), footnote(result["settings"])])
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
     written_whole(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))

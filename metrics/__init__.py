@@ -10,7 +10,7 @@ from metrics.frechet import (
     set_distance,
     tracked_features,
 )
-from metrics.labels import COLUMNS, LABELS, cell, line, markdown, scenario_tables
+from metrics.labels import COLUMNS, LABELS, cell, left_out, line, markdown, scenario_tables
 from metrics.motion import (
     Maps,
     Sums,
@@ -29,6 +29,8 @@ from metrics.motion import (
     two_classes,
 )
 from metrics.physics import (
+    HIT_TRUTH,
+    PUSH_TRUTH,
     Scene,
     asked,
     carry,
@@ -46,9 +48,11 @@ from metrics.physics import (
 __all__ = [
     "COLUMNS",
     "Features",
+    "HIT_TRUTH",
     "I3D",
     "LABELS",
     "Maps",
+    "PUSH_TRUTH",
     "Scene",
     "Sums",
     "WINDOW",
@@ -72,6 +76,7 @@ __all__ = [
     "hit_figures",
     "id_overlap",
     "ids_by_color",
+    "left_out",
     "line",
     "markdown",
     "mean_iou",

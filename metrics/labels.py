@@ -92,3 +92,9 @@ def scenario_tables(scenarios: dict[str, dict[str, dict]]) -> list[str]:
         ]
         tables.append("\n".join(lines))
     return tables
+
+
+def left_out(lacking: dict[str, int]) -> str:
+    """How many clips lack which truth -> a line for people; "" where none does."""
+    told = ", ".join(f"{name} ({count} clip{'s' * (count > 1)})" for name, count in sorted(lacking.items()))
+    return f"Left out where a clip lacks the truth: {told}." if told else ""

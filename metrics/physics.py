@@ -6,6 +6,7 @@ Symbols, `Maps` and `Sums` as in motion.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,10 @@ HEIGHT = 0.85  # of the height in the first frame: what is lower has fallen
 RIGHT_WAY = 0.25  # of the true displacement along its direction: what moves as far goes the right way
 HIT = 2.0  # pixels: what is hit moves by more
 
+# What clips.simulate writes into `meta`, and other clips lack: who is hit, and how the scene is simulated again.
+HIT_TRUTH = {"touching", "fixed", "poses", "contacts", "camera", "focal", "pushed"}
+PUSH_TRUTH = {"scenario", "seed", "pushed", "side", "strength", "fallen", "poses"}
+
 
 # ------------------------------------------------------------------------------------------- what happened to an object
 
@@ -61,7 +66,8 @@ def carry_seen(flow: Tensor, ids: Tensor | None, first: Tensor) -> tuple[Tensor,
     if ids is None:
         return carry(flow, first)
     points, owner = points_of(first)
-    own, (height, width), tracks = nnf.one_hot(owner).to(flow), first.shape, [points.to(flow)]
+    own = nnf.one_hot(owner, int(first.max()) + 1).to(flow)  # the number, since a frame may show no object
+    (height, width), tracks = first.shape, [points.to(flow)]
     for step, shown in zip(flow[:-1], ids[:-1], strict=True):
         x, y = tracks[-1].round().long().T
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -126,6 +132,7 @@ def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
 
     Colours are those of 60 pixels of every object, 180 of the background: sides and shadows have colours of their own.
     """
+    first_ids = first_ids.to(video.device)
     ids, colors, owners = first_ids.unique(), [], []
     for k, i in enumerate(ids):
         pixels = video[0][:, first_ids == i].T
@@ -206,10 +213,35 @@ class Scene:
         return self.meta["arrow"]["pushed"]
 
     @property
+    def objects(self) -> list[int]:
+        """Ids of the first frame: of these it is asked what becomes of them."""
+        return objects_of(self.truth["arrow"]["segmentation"][0])
+
+    @property
     def rows(self) -> bool:
         """Whether it is asked who falls: of the simulator's dominoes, since a ball, say, neither stands nor falls."""
         meta = self.meta["arrow"]
-        return meta.get("scenario") == "dominoes" and "fallen" in meta
+        return meta.get("scenario") == "dominoes" and "fallen" in meta and bool(self.objects)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether any frame shows an object: of clips without ids, as annotators may leave them, nothing is asked."""
+        return bool(self.truth["arrow"]["segmentation"].any())
+
+    @property
+    def has_depth(self) -> bool:
+        """Annotators without depth write the same number everywhere."""
+        depth = self.truth["arrow"]["depth"]
+        return bool((depth != depth[0, 0, 0]).any())
+
+    def lacks(self, groups: Sequence[str]) -> list[str]:
+        """Which truth the clip does not have that figures of these groups need ("physics", "demo"): they leave it out,
+        and so does the mean over clips."""
+        known = self.meta["arrow"].keys()
+        has = {"ids": self.has_ids, "who is hit": known >= HIT_TRUTH}
+        has |= {"depth": self.has_depth} if "physics" in groups else {}
+        has |= {"other pushes": known >= PUSH_TRUTH} if "demo" in groups else {}
+        return [name for name, there in has.items() if not there] if {"physics", "demo"} & set(groups) else []
 
 
 def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
@@ -217,19 +249,19 @@ def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
 
     fallen_video: from the video alone, by colour, for a model without ids."""
     made, true, meta = made["arrow"], scene.truth["arrow"], scene.meta["arrow"]
-    objects, figures = objects_of(true["segmentation"][0]), {}
-    if "segmentation" in made:
+    objects, figures = scene.objects, {}
+    if "segmentation" in made and scene.has_ids:
         ids, true_ids = made["segmentation"], true["segmentation"]
         figures |= id_overlap(ids, true_ids) | centroid_error(ids, true_ids, objects) | permanence(ids, true_ids)
-    if "depth" in made:
+    if "depth" in made and scene.has_depth:
         figures |= depth_error(made["depth"], true["depth"], true["segmentation"])
     if "flow" in made:
         figures |= flow_error(made["flow"], true["flow"]) | object_motion(made, scene)
-    if {"touching", "fixed", "poses", "contacts"} <= meta.keys():
+    if meta.keys() >= HIT_TRUTH:
         figures |= hit_figures(made, scene)
     if scene.rows:
         figures |= fallen_figures(made, scene)
-        if objects and "rgb_own" in made:
+        if "rgb_own" in made:
             last, fallen = ids_by_color(made["rgb_own"], true["segmentation"][0])[-1], set(meta["fallen"])
             said = fallen_ids(true["segmentation"][0], last)
             figures["fallen_video"] = two_classes(said, fallen & set(objects), objects)
@@ -244,8 +276,8 @@ def object_motion(made: Maps, scene: Scene) -> dict[str, Sums]:
     points, owner = carry_seen(made["flow"], made.get("segmentation"), first)
     true_points, _ = carry_seen(true["flow"], true["segmentation"], first)
     truly = moved_ids(true_points, owner)
-    figures = {"moved": two_classes(moved_ids(points, owner), truly, objects_of(first))}
-    if scene.pushed:
+    figures = {"moved": two_classes(moved_ids(points, owner), truly, scene.objects)}
+    if scene.pushed in scene.objects:
         arrow = displacement(true_points, owner, scene.pushed)
         way = displacement(points, owner, scene.pushed)
         cosine = (way @ arrow / (way.norm() * arrow.norm()).clamp(min=1e-6)).clamp(-1, 1)
@@ -257,14 +289,14 @@ def object_motion(made: Maps, scene: Scene) -> dict[str, Sums]:
 def fallen_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
     """Which objects lie in the end, against the simulator: single objects (balanced accuracy), whole clips, and whole
     clips in which a wide gap stops the chain; by frame-0 ids carried along the flow, and by the generated ids."""
-    first, meta, said = scene.truth["arrow"]["segmentation"][0], scene.meta["arrow"], {}
+    first, meta, objects, said = scene.truth["arrow"]["segmentation"][0], scene.meta["arrow"], scene.objects, {}
     if "flow" in made:
         said["carried"] = fallen_points(*carry(made["flow"], first))
     if "segmentation" in made:
         said["ids"] = fallen_ids(first, made["segmentation"][-1])
-    figures, fallen = {}, set(meta["fallen"]) & set(objects_of(first))
+    figures, fallen = {}, set(meta["fallen"]) & set(objects)
     for name, ids in said.items():
-        figures[f"fallen_{name}"] = two_classes(ids, fallen, objects_of(first))
+        figures[f"fallen_{name}"] = two_classes(ids, fallen, objects)
         figures[f"all_right_{name}"] = mean_of(ids == fallen)
         if meta.get("wide_gap") and scene.pushed:
             figures[f"gap_{name}"] = mean_of(ids == fallen)
@@ -281,17 +313,17 @@ def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     cannot be told to stay makes no "none" and has neither standing nor quiet."""
     first, flows = scene.truth["arrow"]["segmentation"][0], {name: maps["flow"] for name, maps in made.items()}
     carried = {name: carry(flow, first) for name, flow in flows.items()}
-    figures, count = {}, len(objects_of(first))
+    figures, count, pushed = {}, len(scene.objects), scene.pushed in scene.objects
     if scene.rows and "none" in made:
         figures["standing"] = (count - len(fallen_points(*carried["none"])), count)
-    if scene.pushed:
+    if pushed:
         ways, right = [], []
         for name in ("arrow", "opposite"):
             true = displacement(*carry(scene.truth[name]["flow"], first), scene.pushed)
             ways.append(right_way(displacement(*carried[name], scene.pushed), true))
-            right.append(fallen_points(*carried[name]) == set(scene.meta[name]["fallen"]) & set(objects_of(first)))
+            right.append(fallen_points(*carried[name]) == set(scene.meta[name]["fallen"]) & set(scene.objects))
         figures["both_ways"] = mean_of(all(ways))
-    if scene.pushed and scene.rows:
+    if pushed and scene.rows:
         figures["both_all_right"] = mean_of(all(right))
         if "none" in made:
             figures["quiet"] = tuple(flows[name].norm(dim=1).mean().item() for name in ("none", "arrow"))
@@ -305,9 +337,9 @@ def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     "rgb_own" from the source's own, whose ids are "told" (None: without ids)."""
     arrow, true = made["arrow"], scene.truth["arrow"]
     figures, first = fallen_figures(arrow, scene) if scene.rows else {}, true["segmentation"][0]
-    if "segmentation" in arrow:
+    if "segmentation" in arrow and scene.has_ids:
         figures |= id_overlap(arrow["segmentation"], true["segmentation"])
-    if {"touching", "fixed", "poses", "contacts"} <= scene.meta["arrow"].keys():
+    if scene.meta["arrow"].keys() >= HIT_TRUTH:
         figures |= hit_figures(arrow, scene)
     if "flow" in arrow:
         figures |= flow_error(arrow["flow"], true["flow"])
@@ -315,7 +347,7 @@ def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     if (true["flow"].norm(dim=1) > MOVING).any():  # else a still picture is perfect: its decibels drown the others
         figures |= {"psnr": mean_of(psnr(arrow["rgb"], true["rgb"]))} if "rgb" in arrow else {}
         figures["psnr_own"] = mean_of(psnr(arrow["rgb_own"], true["rgb"]))
-    if arrow["told"] is not None:
+    if arrow["told"] is not None and scene.objects:
         seen = ids_by_color(arrow["rgb_own"], first)
         figures["painted_ids"] = mean_of(mean_iou(seen, arrow["told"], background=True))
     return figures

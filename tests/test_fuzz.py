@@ -257,3 +257,45 @@ def test_any_clip_file(tmp_path_factory, part, dtype, shape, seed, told):
             read()
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+figure_meta = st.fixed_dictionaries(
+    {},
+    optional={
+        "scenario": st.sampled_from(["dominoes", "driving", "video"]) | anything,
+        "fallen": st.just([1, 2]),
+        "pushed": st.integers(0, 3) | anything,
+        "contacts": st.just([[1, 2, 0]]),
+        "motion_bucket": st.integers(0, 255),
+    },
+)
+
+
+@hypothesis.settings(quick, max_examples=20)
+@hypothesis.given(
+    meta=figure_meta, frames=st.integers(1, 3), size=sizes, ids=st.integers(0, 3), seed=st.integers(0, 99)
+)
+def test_any_clip_has_figures(tmp_path_factory, meta, frames, size, ids, seed):
+    """Of truth against noise and against itself, whatever the first or the last frame shows: sums that are finite."""
+    import metrics
+    from training.scenes import add_other_pushes, truth_of
+
+    rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("figures")
+    shape = frames, *size
+    clip = Clip(
+        rng.integers(256, size=(*shape, 3), dtype=np.uint8), rng.normal(size=(frames, 2, *size)) * (seed % 3),
+        rng.integers(ids + 1, size=shape).astype(np.uint8), np.full(shape, 2.0) + rng.random(shape) * (seed % 2),
+        meta=meta,
+    )  # fmt: skip
+    clip.segmentation[[slice(0), slice(1), slice(1, None)][seed % 3]] = 0
+    clip.save(folder / "a.safetensors")
+    scene = truth_of(folder / "a.safetensors", frames, "cpu", "pushed" if seed % 5 == 0 else "all")
+    add_other_pushes(scene, folder, "cpu")
+    true = scene.truth["arrow"]
+    other = {name: value.roll(1, -1) for name, value in true.items() if value.ndim > 2}
+    for maps in (true, other):
+        made = {"arrow": maps | {"rgb_own": maps["rgb"], "told": maps["segmentation"]}}
+        for figures in (metrics.physics_figures(made, scene), metrics.demo_figures(made, scene)):
+            assert np.isfinite([value for sums in figures.values() for value in sums]).all()
+            metrics.summarise([figures])
+    assert "other pushes" in scene.lacks(["demo"])

@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
+from other_device import elsewhere, other_device
 from tiny import moving_squares, tiny_stage, tiny_tower, tiny_vae
 
 import evaluate
@@ -281,3 +282,83 @@ def test_tables_by_scenario_from_the_command_line(tmp_path, monkeypatch, capsys)
     assert result["mean"]["twin"]["epe_relative"]["value"] == pytest.approx(sum(parts) / 2)
     assert result["driving"]["model"]["psnr"]["clips"] == 1  # nobody is pushed, but all moves
     assert "psnr" not in result["collide"]["twin"] and result["collide"]["twin"]["psnr_own"]["value"] > 10
+
+
+# ------------------------------------------------------------------------------- clips that are not from clips.simulate
+
+
+def scene_of(clip, **meta):
+    """A scene with every push, of a clip that stands for all of them."""
+    maps = clip.tensors()
+    maps["rgb_own"], maps["told"] = maps["rgb"], maps["segmentation"]
+    return Scene(None, dict.fromkeys(evaluate.PUSHES, maps), dict.fromkeys(evaluate.PUSHES, {"pushed": 0} | meta))
+
+
+def value(sums):
+    return metrics.combine(np.array(sums, float))
+
+
+def all_figures(made, scene):
+    return metrics.physics_figures(made, scene), metrics.demo_figures(made, scene)
+
+
+@pytest.mark.parametrize("shown", ["always", "at first", "at last", "never"])
+def test_figures_of_ids_that_vanish_or_never_were(shown):
+    clip = moving_squares(3)
+    if shown != "always":
+        clip.segmentation[{"at first": slice(1, None), "at last": slice(0, 3), "never": slice(None)}[shown]] = 0
+    scene = scene_of(clip, scenario="dominoes", fallen=[1])
+    for figures in all_figures(scene.truth, scene):
+        ids = {"iou_last", "iou_mean", "ids_miou", "silhouette_last"}
+        if shown == "never":  # a mean over clips must not count "no ids, none shown" as right
+            assert not figures.keys() & (ids | {"permanence", "centroid_ade", "painted_ids"})
+        else:
+            assert {name: value(figures[name]) for name in ids} == pytest.approx(dict.fromkeys(ids, 1))
+        objects = {"fallen_carried", "all_right_carried", "all_right_ids", "standing", "painted_ids"} & figures.keys()
+        assert bool(objects) == (shown in ("always", "at first"))
+        assert value(figures["epe_all"]) == 0
+    assert scene.lacks(["physics"]) == ["ids"] * (shown == "never") + ["who is hit"]
+    assert scene.lacks(["fvd"]) == []  # pictures alone need no truth
+    with pytest.raises(ValueError, match="None: is not from clips.simulate, whose exact tracks --trackers exact needs"):
+        evaluate.exact_features(scene)
+
+
+def test_depth_that_nobody_measured_is_not_judged():
+    clip = moving_squares(3)
+    scene = scene_of(replace(clip, depth=np.ones_like(clip.depth)))
+    made = {"arrow": clip.tensors()}
+    assert not {"depth_absrel", "depth_absrel_objects"} & metrics.physics_figures(made, scene).keys()
+    assert scene.lacks(["physics", "demo"]) == ["who is hit", "depth", "other pushes"]
+    assert metrics.physics_figures(made, scene_of(clip))["depth_absrel"] == (0, clip.depth.size)
+
+
+def test_a_pushed_object_that_is_not_seen_has_no_way():
+    for pushed, asked in ((1, True), (9, False)):
+        scene = scene_of(moving_squares(3), pushed=pushed, scenario="dominoes", fallen=[])
+        physics, demo = all_figures(scene.truth, scene)
+        assert ("control_angle" in physics, "both_ways" in demo, "both_all_right" in demo) == (asked,) * 3
+
+
+@pytest.mark.parametrize("truth", ["of the simulator", "of another clip"])
+def test_on_a_gpu_nothing_meets_a_tensor_of_the_cpu(truth, tmp_path):
+    clip = simulate.simulate("dominoes", 2000002, 4, (48, 24))
+    clip = clip if truth == "of the simulator" else replace(clip, meta={"scenario": "physion", "contacts": []})
+    clip.save(tmp_path / "a.safetensors")
+    scene = truth_of(tmp_path / "a.safetensors", 4, "cpu")
+    evaluate.add_other_pushes(scene, tmp_path / "cache", "cpu")
+    told = {"rgb_own": scene.truth["arrow"]["rgb"].flip(0), "told": scene.truth["arrow"]["segmentation"]}
+    made = {push: maps | told for push, maps in scene.truth.items()}
+    expected = all_figures(made, scene)
+    if truth == "of the simulator":
+        assert {"hit_video", "fallen_video", "both_ways", "standing"} <= expected[0].keys() | expected[1].keys()
+    with other_device():
+        there = Scene(scene.path, elsewhere(scene.truth), scene.meta)
+        found = all_figures(elsewhere(made), there)
+        with pytest.raises(AssertionError, match="CPU tensor"):
+            all_figures(made, there)
+        told = evaluate.one_arrow(there, "arrow", STAGE1)
+        assert {maps.device.type for maps in told} == {"meta"}
+        assert there.lacks(["physics", "demo"]) == scene.lacks(["physics", "demo"])
+    for figures, others in zip(found, expected, strict=True):
+        assert figures.keys() == others.keys()
+        assert {name: sums for name, sums in figures.items() if sums != pytest.approx(others[name], nan_ok=True)} == {}

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from clips import Clip
 from instance_flow import instance_flow
-from metrics import Scene, frozen
+from metrics import PUSH_TRUTH, Scene, frozen
 
 STRONGER = 1.6  # how much harder the harder push is
 
 
 def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene:
-    """A clip as it is. Without a simulator's meta, the object that moves most counts as the one that was pushed.
+    """A clip as it is. Where its meta does not say who was pushed, it is the object that moves most.
 
     marked="pushed": its ids show the pushed object alone (where there is one), to the model and to the measures."""
     clip = Clip.load(path, 0, frames)
     maps = {name: value.to(device) for name, value in clip.tensors().items()}
     meta = dict(clip.meta)
-    if "pushed" not in meta:
+    if not isinstance(meta.get("pushed"), int):
         F = instance_flow(maps["flow"], maps["segmentation"]).norm(dim=0)
         meta["pushed"] = maps["segmentation"][0].flatten()[F.argmax()].item() if F.max() > 0 else 0
     if marked == "pushed" and meta["pushed"]:
@@ -27,13 +27,14 @@ def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene
 
 
 def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
-    """Simulates the scene again with the opposite and with a harder push; without one, nothing moves.
+    """Simulates the scene again with the opposite and with a harder push; without one, nothing moves. A clip that is
+    not from clips.simulate stays as it is.
 
-    Raises ValueError when the clip has no simulator's truth, or more frames than are looked at."""
+    Raises ValueError when the clip has more frames than are looked at."""
     meta, maps = scene.meta["arrow"], scene.truth["arrow"]
     frames = len(maps["flow"])
-    if missing := {"scenario", "seed", "pushed", "side", "strength", "fallen", "poses"} - meta.keys():
-        raise ValueError(f"{scene.path}: its meta has no {', '.join(sorted(missing))}: it is not from clips.simulate")
+    if not meta.keys() >= PUSH_TRUTH:
+        return
     if len(meta["poses"]) != frames + 1:
         raise ValueError(f"{scene.path}: has {len(meta['poses']) - 1} frames, the model makes {frames}")
     scene.truth["none"], scene.meta["none"] = frozen(maps), meta | {"fallen": []}
