@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from test_annotate import gray_levels, write_video
 from test_clip import random_clip
 
-from clips import ClipDataset, check
+from clips import ClipDataset, annotate, check
 
 
 @pytest.fixture
@@ -48,3 +50,34 @@ def test_check_names_every_bad_clip(tmp_path, run_check):
     assert "b.safetensors: " in result.stderr and "c.safetensors: " in result.stderr
     empty = run_check(tmp_path / "nothing")
     assert empty.returncode == 2 and "no clips" in empty.stderr and len(empty.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flow", "depth", "message"),
+    [
+        (70000.0, 2.0, "flow holds 70000, which half precision cannot hold (65504 at most)"),
+        (1.0, 65535.0, "depth holds 65535, which half precision cannot hold (65504 at most)"),
+        (1.0, 2.9e-8, "depth holds 2.9e-08, which half precision makes 0"),
+        (1.0, 65504.0, ""),
+    ],
+)
+def test_what_annotate_writes_check_can_read(tmp_path, monkeypatch, capsys, run_check, flow, depth, message):
+    video = write_video(tmp_path / "v.mp4", gray_levels([20, 25, 30, 35, 40, 45, 50, 55], 16, 24), 8)
+    for name, value in (("flow", np.full((2, 16, 24), flow)), ("depth", np.full((16, 24), depth))):
+        (tmp_path / name / "v").mkdir(parents=True)
+        for t in range(8):
+            np.save(tmp_path / name / "v" / f"{t:06d}.npy", value)
+    words = f"--size 24x16 --fps 8 --frames 2 --segmentation none --camera none --flow {tmp_path / 'flow'}"
+    words = [*words.split(), "--depth", tmp_path / "depth", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["clips.annotate", str(video), *map(str, words)])
+    if not message:
+        annotate.main()
+        assert "4 clips written" in capsys.readouterr().out
+        assert run_check(tmp_path / "out").stdout.endswith("4 clips, all readable and of one size, 2 frames\n")
+        return
+    with pytest.raises(SystemExit) as stop:
+        annotate.main()
+    printed, path = capsys.readouterr(), tmp_path / "out" / "v_000000.safetensors"
+    lines = [line for line in printed.err.splitlines() if line.startswith("clips.annotate: ")]
+    assert stop.value.code == 2 and lines == [f"clips.annotate: {path}: {message}"]
+    assert "written" not in printed.out and not list((tmp_path / "out").glob("*"))[1:]  # the record alone

@@ -606,6 +606,7 @@ def test_clips_of_any_origin(folders, monkeypatch, capsys, tmp_path):
     squares.save(data / "c.safetensors")
     simulate.simulate("dominoes", 1, 4, (32, 16)).save(data / "d.safetensors")
 
+    monkeypatch.setattr(metrics.motion, "RESAMPLES", 20)
     told = ["--model", tmp_path / "model", "--data", data, "--sampling-steps", 1, "--quiet", "--batch", 4]
     run(monkeypatch, *told, "--json", tmp_path / "e.json")
     last = capsys.readouterr().out.splitlines()[-1]
