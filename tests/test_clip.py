@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 
 from clips import Clip, ClipDataset, ResumableSampler
 
@@ -157,6 +158,11 @@ def test_damaged_files_are_named(tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match="a.safetensors: has no depth"):
         Clip.load(path)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):  # numpy knows neither
+        some = {name: torch.from_numpy(part) for name, part in tensors.items()}
+        save_torch_file(some | {"depth": torch.ones(5, 7, 9).to(dtype)}, path)
+        with pytest.raises(ValueError, match="a.safetensors: .*(bfloat16|float8)"):
+            Clip.load(path)
     tensors["depth"] = np.ones((9, 7, 9), np.float16)  # of another video: the first frames of it are not ours
     save_file(tensors, path)
     for window in ((0, None), (1, 2)):

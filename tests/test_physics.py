@@ -332,6 +332,15 @@ def test_depth_that_nobody_measured_is_not_judged():
     assert metrics.physics_figures(made, scene_of(clip))["depth_absrel"] == (0, clip.depth.size)
 
 
+def test_a_clip_that_does_not_say_who_was_pushed(tmp_path):
+    clip = moving_squares(3)
+    steps = {i: np.linalg.norm(clip.flow[0][:, clip.segmentation[0] == i].mean(axis=1)) for i in (1, 2)}
+    for told in ({}, {"pushed": None}, {"pushed": "the left one"}):
+        replace(clip, meta=told).save(tmp_path / "a.safetensors")
+        scene = truth_of(tmp_path / "a.safetensors", 4, "cpu", "pushed")
+        assert scene.pushed == max(steps, key=steps.get) and scene.objects == [scene.pushed]
+
+
 def test_a_pushed_object_that_is_not_seen_has_no_way():
     for pushed, asked in ((1, True), (9, False)):
         scene = scene_of(moving_squares(3), pushed=pushed, scenario="dominoes", fallen=[])

@@ -9,6 +9,7 @@ float array in metres; frames from 0001, 10 ms each; a group "azimuth" beside th
 import io
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -350,8 +351,22 @@ def test_damaged_trials_are_named(tmp_path):
         trial(path)
     path = write_trial(tmp_path / "d.hdf5", Spheres(16, 21, False))
     with h5py.File(path, "a") as file:
+        kept = file["frames/0001/objects/positions"][:]
         file["frames/0001/objects/positions"][...] = np.nan
     with pytest.raises(ValueError, match=r"d\.hdf5: flow holds a value that is not finite"):
+        trial(path)
+    with h5py.File(path, "a") as file:
+        file["frames/0001/objects/positions"][...] = kept
+        file["frames/0001/objects/rotations"][...] = 0  # numpy says nothing of the division: the line alone is printed
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"d\.hdf5: flow holds a value that is not finite"):
+        warnings.simplefilter("error")
+        trial(path)
+    with h5py.File(path, "a") as file:
+        for name in ("positions", "rotations"):  # of one object alone
+            stored = file[f"frames/0001/objects/{name}"][:1]
+            del file[f"frames/0001/objects/{name}"]
+            file[f"frames/0001/objects/{name}"] = stored
+    with pytest.raises(ValueError, match=r"d\.hdf5: "):
         trial(path)
 
 
