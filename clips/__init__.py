@@ -1,6 +1,7 @@
 """What a training clip is, and where clips come from."""
 
 from clips.clip import CAMERA_YAW_UNIT, Clip, ClipDataset, ResumableSampler, find_clips
+from clips.maps import open_picture, read_depth, read_ids
 from clips.motion import Motion, draft_video, render, unrender
 from clips.pictures import CODEC_VERSION
 
@@ -13,6 +14,9 @@ __all__ = [
     "ResumableSampler",
     "draft_video",
     "find_clips",
+    "open_picture",
+    "read_depth",
+    "read_ids",
     "render",
     "unrender",
 ]

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clips.clip import CAMERA_YAW_UNIT, Clip
-from inputs import read_depth, read_segmentation
+from clips.maps import first_line, read_depth, read_flow, read_ids
 from weights import whole_file
 
 VIDEO_ENDINGS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # of what is taken from a folder
@@ -68,10 +68,6 @@ class Pictures:
 
 
 Annotator = Callable[[Pictures], np.ndarray]  # -> flow [T - 1, 2, H, W], ids uint8 [T, H, W] or depth [T, H, W]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def need(module: str, option: str, package: str, *names: str) -> ModuleType:
@@ -187,36 +183,6 @@ def pieces(frames: Iterable[np.ndarray], length: int) -> Iterator[tuple[int, np.
 
 
 # ------------------------------------------------------------------------------------------------------ a user's folder
-
-
-def read_flow(path: Path) -> np.ndarray:
-    """Flow float32 [2, H, W] from .npy, or .flo (magic 202021.25, int32 width and height, then interleaved float32)."""
-    if path.suffix == ".npy":
-        flow = np.load(path, allow_pickle=False)
-    else:
-        content = path.read_bytes()
-        if len(content) < 12 or np.frombuffer(content, "<f4", 1) != np.float32(202021.25):
-            raise ValueError("not a .flo file")
-        width, height = np.frombuffer(content, "<i4", 2, offset=4)
-        if len(content) != 12 + 8 * int(width) * int(height):
-            raise ValueError(f"has {len(content)} bytes, {width}x{height} vectors need {12 + 8 * width * height}")
-        flow = np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2).transpose(2, 0, 1)
-    if flow.ndim != 3 or flow.shape[0] != 2:
-        raise ValueError(f"has shape {flow.shape}, expected [2, H, W]")
-    return flow.astype(np.float32)
-
-
-def read_ids(path: Path) -> np.ndarray:
-    """Ids uint8 [H, W]. Colour pictures are refused: no two frames would agree on which colour is which id."""
-    if path.suffix == ".npy":
-        ids = np.load(path, allow_pickle=False)
-        if ids.ndim != 2 or ids.dtype.kind not in "iub" or ids.min() < 0 or ids.max() > 255:
-            raise ValueError(f"is {ids.dtype} {list(ids.shape)}, expected integers from 0 to 255, [H, W]")
-        return ids.astype(np.uint8)
-    with Image.open(path) as picture:
-        if len(picture.getbands()) > 1:
-            raise ValueError(f"is a colour picture ({picture.mode}), expected gray or palette: value = id")
-    return read_segmentation(path)
 
 
 READERS = {  # what a folder holds: endings in order of preference, and who reads them

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -108,43 +107,6 @@ def test_a_cut_is_where_most_pixels_change_their_color_class():
 
 
 # ------------------------------------------------------------------------------------------------------ a user's folder
-
-
-def test_flow_files(tmp_path):
-    flow = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
-    content = struct.pack("<fii", 202021.25, 7, 5)
-    for y in range(5):
-        for x in range(7):
-            content += struct.pack("<ff", flow[0, y, x], flow[1, y, x])
-    (tmp_path / "a.flo").write_bytes(content)
-    np.testing.assert_array_equal(annotate.read_flow(tmp_path / "a.flo"), flow)
-    np.save(tmp_path / "a.npy", flow)
-    np.testing.assert_array_equal(annotate.read_flow(tmp_path / "a.npy"), flow)
-    for wrong, message in ((content[:-4], "has 288 bytes"), (b"abc" * 9, "not a .flo file"), (b"", "not a .flo file")):
-        (tmp_path / "b.flo").write_bytes(wrong)
-        with pytest.raises(ValueError, match=message):
-            annotate.read_flow(tmp_path / "b.flo")
-    np.save(tmp_path / "b.npy", flow.transpose(1, 2, 0))
-    with pytest.raises(ValueError, match=r"has shape \(5, 7, 2\)"):
-        annotate.read_flow(tmp_path / "b.npy")
-
-
-def test_id_files(tmp_path):
-    ids = noise(5, 7) % 9
-    Image.fromarray(ids).save(tmp_path / "gray.png")
-    palette = Image.fromarray(ids).convert("P")
-    palette.putdata(ids.ravel().tolist())
-    palette.save(tmp_path / "palette.png")
-    np.save(tmp_path / "ids.npy", ids.astype(np.int64))
-    for name in ("gray.png", "palette.png", "ids.npy"):
-        np.testing.assert_array_equal(annotate.read_ids(tmp_path / name), ids)
-    Image.fromarray(noise(5, 7, 3)).save(tmp_path / "color.png")
-    with pytest.raises(ValueError, match="is a colour picture"):
-        annotate.read_ids(tmp_path / "color.png")
-    for wrong in (ids * 1.0, ids.astype(int) + 300, ids[None]):
-        np.save(tmp_path / "wrong.npy", wrong)
-        with pytest.raises(ValueError, match="expected integers from 0 to 255"):
-            annotate.read_ids(tmp_path / "wrong.npy")
 
 
 def test_a_folder_is_read_by_frame_number(tmp_path):
