@@ -7,7 +7,8 @@
 VIDEO is a file, or a folder of videos.
 
 Each annotator may be replaced by a folder with one file a frame, FOLDER/VIDEO/000000.npy and so on, where VIDEO is the
-file's name without its ending and frames are counted as `--export` counts them:
+file's name without its ending and frames are counted as `--export` counts them. Its number of files must be that of
+the video's frames:
     --flow FOLDER           .npy [2, H, W] or .flo, pixels, from this frame to the next one
     --segmentation FOLDER   .png (gray or palette, value = id) or .npy [H, W], 0 = background, one id an object
     --depth FOLDER          .npy [H, W] or .png (8 or 16 bit, larger = farther), positive
@@ -36,7 +37,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,12 +44,23 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clips.clip import CAMERA_YAW_UNIT, Clip
+from clips.clip import CAMERA_YAW_UNIT, Clip, clip_header
 from clips.maps import first_line, read_depth, read_flow, read_ids
+from clips.video import pieces, read_video
 from weights import whole_file
 
-VIDEO_ENDINGS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # of what is taken from a folder
-CUT = 0.5  # of the pixels change their colour class at a scene cut
+VIDEO_ENDINGS = {
+    ".3gp",
+    ".avi",
+    ".gif",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".webm",
+}  # of what is taken from a folder
 BUCKET_SPEED = 0.1  # picture heights a second that are motion bucket 127, SVD's default
 RAFT_SIDE = 128  # pixels; RAFT's coarsest correlation needs that many
 RELATIVE_FAR = 50.0  # depth of the farthest point of a clip when the nearest is 1
@@ -98,7 +109,7 @@ def device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"
 
 
-# ------------------------------------------------------------------------------------------------------- video -> shots
+# ------------------------------------------------------------------------------------------------- sizes of pictures
 
 
 def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:
@@ -122,64 +133,11 @@ def fit_nearest(values: np.ndarray, size: Size) -> np.ndarray:
     return values[..., y[:, None], x]
 
 
-def resample(frames: Iterable[np.ndarray], source_fps: float, fps: float) -> Iterator[np.ndarray]:
-    """Frame k of the result is the one nearest to the time k / fps. fps is not larger than source_fps."""
-    kept = 0
-    for number, frame in enumerate(frames):
-        if number == math.floor(kept * source_fps / fps + 0.5):
-            yield frame
-            kept += 1
-
-
-def read_video(path: Path, size: Size, fps: float) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3] of a video file at another size and rate.
-
-    Raises ValueError that begins with the path: no video, or less than `fps` frames a second (1 % is forgiven: 29.97
-    counts as 30, since repeating a frame would be a standstill that nobody filmed).
-    """
-    try:
-        with imageio.imopen(path, "r", plugin="FFMPEG") as file:
-            source_fps = file.metadata()["fps"]
-            if source_fps < 0.99 * fps:
-                raise ValueError(f"has {source_fps:g} frames a second, --fps {fps:g} asks for more")
-            for frame in resample(file.iter(), max(source_fps, fps), fps):
-                yield fit(frame, size)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a video ({first_line(error)})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def progress(path: Path, size: Size, fps: float) -> Iterable[np.ndarray]:
-    """`read_video` with a bar; of several processes, the first one shows its own."""
-    return tqdm(read_video(path, size, fps), path.name, unit="frame", disable=processes()[0] > 0)
-
-
-def color_classes(rgb: np.ndarray) -> np.ndarray:
-    """[H, W, 3] -> [64]: share of the pixels in each of 4x4x4 classes of colour; motion hardly changes it."""
-    packed = (rgb >> 6) @ np.array([16, 4, 1], np.uint8)
-    return np.bincount(packed.ravel(), minlength=64) / packed.size
-
-
-def pieces(frames: Iterable[np.ndarray], length: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Frames -> (number of the first frame, [n, H, W, 3]), n = length, or less for the end of a shot.
-
-    A scene cut is where more than CUT of the pixels change their colour class, counted over the whole picture: half
-    the sum of absolute differences of `color_classes`.
-    """
-    held, before, start = [], None, 0
-    for number, frame in enumerate(frames):
-        classes = color_classes(frame)
-        cut = before is not None and np.abs(classes - before).sum() / 2 > CUT
-        if held and (cut or len(held) == length):
-            yield start, np.stack(held)
-            held, start = [], number
-        held.append(frame)
-        before = classes
-    if held:
-        yield start, np.stack(held)
+def progress(path: Path, size: Size, fps: float) -> Iterator[np.ndarray]:
+    """A video's frames uint8 [H, W, 3] at another size and rate, with a bar; of several processes, the first one shows
+    its own."""
+    frames = (fit(frame, size) for frame in read_video(path, fps))
+    return tqdm(frames, path.name, unit="frame", disable=processes()[0] > 0)
 
 
 # ------------------------------------------------------------------------------------------------------ a user's folder
@@ -192,34 +150,48 @@ READERS = {  # what a folder holds: endings in order of preference, and who read
 }
 
 
-def read_numbered(option: str, folder: Path, number: int, size: Size) -> np.ndarray:
-    """The array of one frame. Raises ValueError that names the file: missing, unreadable, of another size."""
-    endings, read = READERS[option]
-    paths = [path for ending in endings if (path := folder / f"{number:06d}{ending}").exists()]
-    if not paths:
-        raise ValueError(f"{option} {folder}: has no {number:06d}{' or '.join(endings)}")
-    try:
+@dataclass(frozen=True)
+class Folder:
+    """A user's annotator: `option` of the command line, and the folder with a folder for each video."""
+
+    option: str
+    root: Path
+
+    def __call__(self, pictures: Pictures) -> np.ndarray:
+        """What it says about these frames (the last one has no flow)."""
+        count, height, width = pictures.rgb.shape[:3]
+        numbers = range(pictures.start, pictures.start + count - (self.option == "--flow"))
+        return np.stack([self.read(pictures.name, number, (width, height)) for number in numbers])
+
+    def read(self, name: str, number: int, size: Size) -> np.ndarray:
+        """The array of one frame. Raises ValueError that names the file: missing, unreadable, of another size."""
+        (endings, read), folder = READERS[self.option], self.root / name
+        paths = [path for ending in endings if (path := folder / f"{number:06d}{ending}").exists()]
+        if not paths:
+            raise ValueError(f"{self.option} {folder}: has no {number:06d}{' or '.join(endings)}")
         values = read(paths[0])
-    except (OSError, ValueError, EOFError) as error:
-        told = first_line(error).removeprefix(f"{paths[0]}: ")
-        raise ValueError(f"{paths[0]}: {told}") from None
-    if values.shape[-2:] != (size[1], size[0]):
-        height, width = values.shape[-2:]
-        raise ValueError(f"{paths[0]}: is {width}x{height}, the frames are {size[0]}x{size[1]}")
-    return values
+        if values.shape[-2:] != (size[1], size[0]):
+            height, width = values.shape[-2:]
+            raise ValueError(f"{paths[0]}: is {width}x{height}, the frames are {size[0]}x{size[1]}")
+        return values
 
-
-def from_folder(pictures: Pictures, option: str, folder: Path) -> np.ndarray:
-    """What a user's folder says about these frames (the last one has no flow)."""
-    count, height, width = pictures.rgb.shape[:3]
-    numbers = range(pictures.start, pictures.start + count - (option == "--flow"))
-    return np.stack([read_numbered(option, folder / pictures.name, n, (width, height)) for n in numbers])
+    def check(self, name: str, frames: int, fps: float) -> None:
+        """Raises ValueError unless there is a file for each of a video's frames, and for no others: they would be of
+        other frames than those they are taken for. The last frame's flow may be missing."""
+        endings, folder = READERS[self.option][0], self.root / name
+        found = {file.stem for file in folder.glob("[0-9]" * 6 + ".*") if file.suffix in endings}
+        needed = [f"{number:06d}" for number in range(frames - (self.option == "--flow"))]
+        if len(found) not in (len(needed), frames):
+            told = f"has {len(found)} files (000000{' or '.join(endings)} ...)"
+            raise ValueError(f"{self.option} {folder}: {told}, the video {frames} frames at --fps {fps:g}")
+        if missing := [number for number in needed if number not in found]:
+            raise ValueError(f"{self.option} {folder}: has no {missing[0]}{' or '.join(endings)}")
 
 
 def folder_annotator(option: str, choice: str, others: str) -> Annotator:
     if not Path(choice).is_dir():
         raise ValueError(f"{option} {choice}: expected {others} or a folder")
-    return partial(from_folder, option=option, folder=Path(choice))
+    return Folder(option, Path(choice))
 
 
 # ----------------------------------------------------------------------------------------------------------------- flow
@@ -433,10 +405,13 @@ class Annotators:
     depth: Annotator
     fov: float | None = None
 
+    def all(self) -> tuple[Annotator, Annotator, Annotator]:
+        return self.flow, self.segmentation, self.depth
+
     def clip(self, pictures: Pictures, fps: float, meta: dict) -> Clip:
         """Raises ValueError that begins with the video's name and the number of the frame."""
         try:
-            flow, ids, depth = self.flow(pictures), self.segmentation(pictures), self.depth(pictures)
+            flow, ids, depth = (annotator(pictures) for annotator in self.all())
             still = np.zeros((len(flow), 2), np.float32)
             camera = still if self.fov is None else camera_motion(flow, depth, ids, self.fov)
             meta = meta | {"start": pictures.start}
@@ -450,13 +425,17 @@ def annotate_video(
 ) -> str:  # fmt: skip
     """Writes out/NAME_START.safetensors for each piece of `frames` frames between scene cuts; says what was done.
 
-    out/.videos/NAME.json keeps the settings and, as soon as all are there, the names of the clips. Raises ValueError
-    for what is wrong with the video, and where its clips were made with other settings.
+    out/.videos/NAME.json keeps the names of the clips as soon as all are there. Raises ValueError for what is wrong
+    with the video or a folder for it, and where its clips were made with other settings.
     """
+    check_settings(path, out, settings_of(meta, size, fps, frames))
     record, counts, names = out / ".videos" / f"{path.stem}.json", {"written": 0, "there": 0, "lost": 0}, []
-    settings = meta["annotators"] | {"size": f"{size[0]}x{size[1]}", "fps": fps, "frames": frames}
-    if done := clips_done(path, record, settings):
+    if done := clips_done(record):
         return f"{path}: skipped, its {len(done)} clips were there"
+    if folders := [one for one in annotators.all() if isinstance(one, Folder)]:
+        count = sum(1 for _ in read_video(path, fps))
+        for folder in folders:
+            folder.check(path.stem, count, fps)
     for start, rgb in pieces(progress(path, size, fps), frames):
         file = out / f"{path.stem}_{start:06d}.safetensors"
         if len(rgb) < frames:
@@ -465,50 +444,56 @@ def annotate_video(
         if file.exists():
             counts["there"] += 1
         else:
-            clip = annotators.clip(Pictures(path.stem, start, rgb), fps, meta)
-            if not counts["written"]:
-                write_record(record, settings, [])
-            clip.save(file)
+            annotators.clip(Pictures(path.stem, start, rgb), fps, meta).save(file)
             counts["written"] += 1
         names.append(file.name)
     if not names:
         raise ValueError(f"{path}: no shot of its {counts['lost']} frames (--fps {fps:g}) has {frames}")
-    write_record(record, settings, names)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(record) as partial:
+        partial.write_text(json.dumps({"clips": names}) + "\n")
     told = "{written} clips written, {there} were there; {lost} frames at ends of shots are in none".format(**counts)
     return f"{path}: {told}"
 
 
-def clips_done(path: Path, record: Path, settings: dict) -> list[str]:
-    """Names of a video's clips if all are there; none if some are to be made. Raises ValueError where those that are
-    there were made with other settings."""
-    out, digits = record.parent.parent, "[0-9]" * 6
-    if not record.exists() or not any(out.glob(f"{glob.escape(path.stem)}_{digits}.safetensors")):
+def settings_of(meta: dict, size: Size, fps: float, frames: int) -> dict:
+    """What makes a clip what it is; `meta` is that of a clip, or of all that are to be made."""
+    told = {name: meta[name] for name in ("source", "bytes") if name in meta}
+    return told | meta.get("annotators", {}) | {"size": f"{size[0]}x{size[1]}", "fps": fps, "frames": frames}
+
+
+def check_settings(path: Path, out: Path, settings: dict) -> None:
+    """Raises ValueError where clips of this name in `out` were made with other settings, or of another video."""
+    for file in sorted(out.glob(f"{glob.escape(path.stem)}_{'[0-9]' * 6}.safetensors")):
+        (frames, height, width, _), fps = clip_header(file)
+        was = settings_of(Clip.load(file, 0, 1).meta, (width, height), fps, frames)
+        for name, value in settings.items():
+            if was.get(name, value) != value:
+                told = f"its clips in {out} were made with {name} = {was[name]}, now {name} = {value}"
+                raise ValueError(f"{path}: {told}: take another --out")
+
+
+def clips_done(record: Path) -> list[str]:
+    """Names of a video's clips if all are there; none if some are to be made."""
+    if not record.exists():
         return []
     try:
-        content = json.loads(record.read_text())
-        was, names = content["settings"], content["clips"]
+        names = json.loads(record.read_text())["clips"]
+        return names if all((record.parent.parent / name).exists() for name in names) else []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record}: {first_line(error)}; delete it, it will be made again") from None
-    for name, value in settings.items():
-        if was.get(name, value) != value:
-            told = f"its clips in {out} were made with {name} = {was[name]}, now {name} = {value}"
-            raise ValueError(f"{path}: {told}: take another --out")
-    return names if all((out / name).exists() for name in names) else []
-
-
-def write_record(record: Path, settings: dict, names: list[str]) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(record) as partial:
-        partial.write_text(json.dumps({"settings": settings, "clips": names}) + "\n")
 
 
 def export_frames(path: Path, folder: Path, size: Size, fps: float) -> str:
     """Writes folder/NAME/000000.png and so on."""
-    count = 0
+    count, folder = 0, folder / path.stem
     for rgb in progress(path, size, fps):
-        (folder / path.stem).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rgb).save(folder / path.stem / f"{count:06d}.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / f"{count:06d}.png") as partial:
+            Image.fromarray(rgb).save(partial, "PNG")
         count += 1
+    if (folder / f"{count:06d}.png").exists():
+        raise ValueError(f"{folder}: the frames from {count:06d}.png on are of an earlier export: delete the folder")
     return f"{path}: {count} frames written"
 
 
@@ -582,7 +567,8 @@ def run_annotate(arguments: argparse.Namespace) -> int:
     meta = {"scenario": "video", "annotators": {name: getattr(arguments, name) for name in names}}
 
     def annotate(path: Path) -> str:
-        return annotate_video(path, out, size, fps, arguments.frames, annotators, meta | {"source": path.name})
+        source = {"source": path.name, "bytes": path.stat().st_size}
+        return annotate_video(path, out, size, fps, arguments.frames, annotators, meta | source)
 
     return of_each(paths, annotate)
 
@@ -644,6 +630,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"clips.annotate: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("clips.annotate: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     if failed:
         sys.exit(2)
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from films import gray_levels, write_video
 from PIL import Image
 
 from clips import Clip, ClipDataset, annotate
@@ -29,17 +29,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float) -> Path:
-    imageio.imwrite(path, frames, fps=fps, macro_block_size=1, quality=10)
-    return path
-
-
-def gray_levels(levels: list[int], height: int = 24, width: int = 36) -> np.ndarray:
-    """One flat gray frame a level: what survives a video codec."""
-    return np.repeat(np.array(levels, np.uint8), height * width * 3).reshape(-1, height, width, 3)
-
-
-# ------------------------------------------------------------------------------------------------------- video -> shots
+# ------------------------------------------------------------------------------------------------- sizes of pictures
 
 
 @pytest.mark.parametrize("size", [(9, 7), (5, 11), (31, 4), (18, 14)])
@@ -57,76 +47,27 @@ def test_crop_is_central_and_keeps_the_aspect(size):
     assert annotate.fit(noise(23, 37, 3), size).shape == (size[1], size[0], 3)
 
 
-@pytest.mark.parametrize(("source", "fps"), [(30, 7), (29.97, 7), (25, 25), (24, 10), (60, 8.5)])
-def test_resampling_takes_the_frame_that_is_nearest_in_time(source, fps):
-    kept = list(annotate.resample(range(200), source, fps))
-    assert len(kept) == len(set(kept)) and kept[0] == 0
-    for k, number in enumerate(kept):
-        assert abs(number / source - k / fps) <= 0.5 / source + 1e-9
-    assert abs(len(kept) / fps - 200 / source) <= 1 / fps
-
-
-def test_read_video_resamples_and_resizes(tmp_path):
-    levels = list(range(20, 220, 10))
-    path = write_video(tmp_path / "a.mp4", gray_levels(levels), 20)
-    frames = list(annotate.read_video(path, (18, 12), 5))
-    assert [frame.shape for frame in frames] == [(12, 18, 3)] * 5
-    assert np.abs([frame.mean() for frame in frames] - np.array(levels[::4])).max() < 6
-
-
-def test_read_video_names_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.mp4: no such file"):
-        list(annotate.read_video(tmp_path / "a.mp4", (18, 12), 5))
-    (tmp_path / "b.mp4").write_text("no video" * 99)
-    with pytest.raises(ValueError, match=r"b\.mp4: not a video"):
-        list(annotate.read_video(tmp_path / "b.mp4", (18, 12), 5))
-    path = write_video(tmp_path / "c.mp4", gray_levels([9, 99, 200]), 5)
-    with pytest.raises(ValueError, match=r"c\.mp4: has 5 frames a second, --fps 7 asks for more"):
-        list(annotate.read_video(path, (18, 12), 7))
-    assert len(list(annotate.read_video(path, (18, 12), 5.04))) == 3  # within 1 %
-
-
-def test_pieces_end_at_scene_cuts():
-    scenes = [np.full((6, 10, 3), level, np.uint8) for level in (10, 200, 90)]
-    frames = [scenes[i] for i in [0] * 7 + [1] * 4 + [2] * 3]
-    found = [(start, len(rgb), int(rgb[0, 0, 0, 0])) for start, rgb in annotate.pieces(frames, 3)]
-    assert found == [(0, 3, 10), (3, 3, 10), (6, 1, 10), (7, 3, 200), (10, 1, 200), (11, 3, 90)]
-    assert list(annotate.pieces([], 3)) == []
-
-
-def test_a_cut_is_where_most_pixels_change_their_color_class():
-    random = np.random.default_rng(1)
-    still = np.zeros((10, 10, 3), np.uint8)
-    for changed in (10, 49, 50, 51, 80):
-        other = still.copy().reshape(100, 3)
-        other[random.permutation(100)[:changed]] = (255, 0, 128)
-        count = len(list(annotate.pieces([still, other.reshape(10, 10, 3)], 5)))
-        assert count == (2 if changed > 50 else 1)
-    moved = noise(10, 10, 3)
-    assert len(list(annotate.pieces([moved, np.roll(moved, 5, 1)], 5))) == 1  # motion is no cut
-
-
 # ------------------------------------------------------------------------------------------------------ a user's folder
 
 
 def test_a_folder_is_read_by_frame_number(tmp_path):
-    folder = tmp_path / "v"
+    folder, read = tmp_path / "v", annotate.Folder("--depth", tmp_path)
     folder.mkdir()
     depth = np.random.default_rng(0).uniform(1, 9, size=(6, 5, 7)).astype(np.float32)
     for number in range(2, 6):
         np.save(folder / f"{number:06d}.npy", depth[number])
-    told = annotate.from_folder(Pictures("v", 2, noise(4, 5, 7, 3)), "--depth", tmp_path)
+    told = read(Pictures("v", 2, noise(4, 5, 7, 3)))
     np.testing.assert_array_equal(told, depth[2:])
     with pytest.raises(ValueError, match=r"--depth .*v: has no 000006\.npy or \.png"):
-        annotate.from_folder(Pictures("v", 3, noise(4, 5, 7, 3)), "--depth", tmp_path)
+        read(Pictures("v", 3, noise(4, 5, 7, 3)))
     with pytest.raises(ValueError, match=r"000002\.npy: is 7x5, the frames are 8x5"):
-        annotate.from_folder(Pictures("v", 2, noise(4, 5, 8, 3)), "--depth", tmp_path)
+        read(Pictures("v", 2, noise(4, 5, 8, 3)))
     np.save(folder / "000003.npy", depth[3] * 0)
     with pytest.raises(ValueError, match=r"^[^:]*000003\.npy: holds the depth 0"):
-        annotate.from_folder(Pictures("v", 2, noise(4, 5, 7, 3)), "--depth", tmp_path)
+        read(Pictures("v", 2, noise(4, 5, 7, 3)))
     (folder / "000004.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"000004\.npy: "):
-        annotate.from_folder(Pictures("v", 4, noise(1, 5, 7, 3)), "--depth", tmp_path)
+        read(Pictures("v", 4, noise(1, 5, 7, 3)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- flow
@@ -569,7 +510,7 @@ def test_a_damaged_record_is_named(user_folders, capsys):
     record.write_text("{}")
     capsys.readouterr()
     assert command(*user_folders.words) == 1
-    assert failure(capsys) == f"clips.annotate: {record}: 'settings'; delete it, it will be made again"
+    assert failure(capsys) == f"clips.annotate: {record}: 'clips'; delete it, it will be made again"
     record.unlink()
     assert command(*user_folders.words) == 0 and "0 clips written, 4 were there" in capsys.readouterr().out
 
@@ -613,7 +554,7 @@ def test_videos_of_folders_and_lists(many, tmp_path):
     (tmp_path / "empty").mkdir()
     for words, message in (
         (("--list", tmp_path / "gone"), "gone"),
-        ((tmp_path / "empty",), f"{tmp_path}/empty: no videos \\(.avi, .*\\) here"),
+        ((tmp_path / "empty",), f"{tmp_path}/empty: no videos \\(.3gp, .*\\) here"),
         ((), "no videos: name some, or --list FILE"),
         ((tmp_path / "gone.mp4",), "gone.mp4: no such file"),
     ):
@@ -717,7 +658,7 @@ def test_export_writes_what_annotators_see(user_folders):
         user_folders.root / "f",
     ]
     command(*words)
-    frames = list(annotate.read_video(user_folders.root / "v.mp4", (18, 12), 5))
+    frames = list(annotate.progress(user_folders.root / "v.mp4", (18, 12), 5))
     assert names_in(user_folders.root / "f" / "v") == [f"{n:06d}.png" for n in range(len(frames))]
     for n, frame in enumerate(frames):
         np.testing.assert_array_equal(np.array(Image.open(user_folders.root / "f" / "v" / f"{n:06d}.png")), frame)
