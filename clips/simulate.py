@@ -31,7 +31,11 @@ import argparse
 import math
 import multiprocessing
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import mujoco
@@ -39,7 +43,7 @@ import numpy as np
 from tqdm import tqdm
 
 from clips.camera import UP, project, rotations
-from clips.clip import Clip
+from clips.clip import Clip, clip_header
 from clips.rendering import Look, render
 from clips.scenes import BY_THEMSELVES, FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera, redraw_hidden
 from clips.traffic import OVERRIDES
@@ -293,12 +297,15 @@ def parse_size(text: str) -> tuple[int, int]:
     """ "128" or "128x64" (width x height)."""
     width, _, height = text.partition("x")
     try:
-        return int(width), int(height or width)
+        size = int(width), int(height or width)
     except ValueError:
         raise ValueError(f"--size {text}: expected WIDTHxHEIGHT, such as 128x64, or one number") from None
+    if min(size) < 8:
+        raise ValueError(f"--size {text}: expected 8 pixels at least")
+    return size
 
 
-def main() -> None:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m clips.simulate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("folder", metavar="DIR", help="where the clips go")
@@ -310,31 +317,70 @@ def main() -> None:
     add("--mirror", action="store_true", help="for training: the mirror image of every clip, too (default: no)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
     add("--seed", type=int, default=0, help="of the first clip; the next ones count up from it (default %(default)s)")
-    arguments = parser.parse_args()
-    folder, scenarios = Path(arguments.folder), arguments.scenario.split(",")
-    try:
-        size = parse_size(arguments.size)
-        if unknown := set(scenarios) - set(SCENARIOS):
-            raise ValueError(f"--scenario {','.join(sorted(unknown))}: expected some of {', '.join(SCENARIOS)}")
-        if min(size) < 8 or arguments.clips < 1 or arguments.frames < 1 or arguments.workers < 1 or arguments.seed < 0:
-            raise ValueError("--size, --clips, --frames, --workers, --seed: expected 8 pixels, 1, 1, 1, 0 at least")
-        if not 0 <= arguments.still <= 1:
-            raise ValueError(f"--still {arguments.still}: expected a share from 0 to 1")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"clips.simulate: {error}", file=sys.stderr)
-        sys.exit(2)
-    jobs = []
+    return parser.parse_args(words)
+
+
+def jobs_of(arguments: argparse.Namespace) -> list[tuple]:
+    """For `write_clip`, of all clips that are not there. Raises ValueError for what the command line says, and for a
+    clip that is there with other frames or another size."""
+    folder, scenarios, size = Path(arguments.folder), arguments.scenario.split(","), parse_size(arguments.size)
+    if unknown := set(scenarios) - set(SCENARIOS):
+        raise ValueError(f"--scenario {','.join(sorted(unknown))}: expected some of {', '.join(SCENARIOS)}")
+    for name, least in {"clips": 1, "frames": 1, "workers": 1, "seed": 0}.items():
+        if (value := getattr(arguments, name)) < least:
+            raise ValueError(f"--{name} {value}: expected {least} at least")
+    if not 0 <= arguments.still <= 1:
+        raise ValueError(f"--still {arguments.still}: expected a share from 0 to 1")
+    jobs, wanted = [], (arguments.frames, size[1], size[0], 3)
     for i in range(arguments.clips):
         scenario, seed = scenarios[i % len(scenarios)], arguments.seed + i
         names = [f"{scenario}_{seed:08d}"] + [f"{scenario}_{seed:08d}_mirrored"] * arguments.mirror
         paths = [folder / f"{name}.safetensors" for name in names]
+        for path in filter(Path.exists, paths):
+            if (shape := clip_header(path)[0]) != wanted:
+                told = f"{shape[0]} frames of {shape[2]}x{shape[1]}, now {wanted[0]} of {wanted[2]}x{wanted[1]}"
+                raise ValueError(f"{path}: was made with {told}: take another DIR")
         if not all(path.exists() for path in paths):  # an interrupted run goes on where it was
             still = is_still(scenario, seed, arguments.still)
             jobs.append((paths, scenario, seed, arguments.frames, size, None, still))
-    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=4), total=len(jobs), unit="clip"):
-            pass
+    return jobs
+
+
+def clean_up_at_sigterm() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
+@contextmanager
+def processes(count: int) -> Iterator[Pool]:
+    """Workers that leave Ctrl-C to this process. It ends them, also at SIGTERM, and each removes what it has half
+    written."""
+    others = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        own = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that
+        try:
+            pool = multiprocessing.get_context("spawn").Pool(count, clean_up_at_sigterm)
+        finally:
+            signal.signal(signal.SIGINT, own)
+        with pool:
+            yield pool
+    finally:
+        signal.signal(signal.SIGTERM, others)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        jobs = jobs_of(arguments)
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
+        with processes(arguments.workers) as pool:
+            for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=4), total=len(jobs), unit="clip"):
+                pass
+    except (ValueError, OSError) as error:
+        print(f"clips.simulate: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("clips.simulate: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

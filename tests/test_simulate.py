@@ -1,16 +1,22 @@
 """clips/simulate.py against physics and geometry: flow by warping, depth by ray and plane, pushes by re-simulation."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from clips import CAMERA_YAW_UNIT, Clip
+from clips import simulate as simulate_script
 from clips.scenes import BY_THEMSELVES
 from clips.simulate import SCENARIOS, draw_scene, is_still, project, simulate, tracks
 from clips.traffic import CASES
+from weights import whole_file
 
 SIZE = (96, 48)
 
@@ -375,10 +381,10 @@ def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
     clip = Clip.load(tmp_path / "clips" / "roll_00000008.safetensors")
     assert clip.rgb.shape == (2, 16, 24, 3) and clip.fps == pytest.approx(10) and clip.meta["scenario"] == "roll"
     kept = tmp_path / "clips" / names[0]
-    kept.write_bytes(b"mine")
+    written = kept.stat().st_mtime_ns
     (tmp_path / "clips" / names[1]).unlink()
     assert run(*told, "--seed", 7).returncode == 0
-    assert kept.read_bytes() == b"mine" and (tmp_path / "clips" / names[1]).exists()
+    assert kept.stat().st_mtime_ns == written and (tmp_path / "clips" / names[1]).exists()
     kept.unlink()
     assert run(*told, "--seed", 7, "--mirror").returncode == 0
     assert len(list((tmp_path / "clips").iterdir())) == 6
@@ -393,18 +399,86 @@ def test_command_line_leaves_out_pushes(tmp_path):
     assert len(clips) == 3 and all(clip.meta["still"] and not clip.flow.any() for clip in clips)
 
 
+def failure(capsys, monkeypatch, *words):
+    """The one line on stderr of a command that ends with code 2."""
+    monkeypatch.setattr(sys, "argv", ["clips.simulate", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        simulate_script.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    return line
+
+
 @pytest.mark.parametrize(
-    ("told", "word"),
+    ("told", "line"),
     [
-        (("--scenario", "jump"), "jump"),
-        (("--size", "x"), "size"),
-        (("--size", "4"), "size"),
-        (("--clips", "0"), "clips"),
-        (("--still", "1.5"), "still"),
+        (("--scenario", "jump"), "--scenario jump: expected some of dominoes, .*"),
+        (("--size", "x"), "--size x: expected WIDTHxHEIGHT, such as 128x64, or one number"),
+        (("--size", "4"), "--size 4: expected 8 pixels at least"),
+        (("--size", "64x4"), "--size 64x4: expected 8 pixels at least"),
+        (("--clips", "0"), "--clips 0: expected 1 at least"),
+        (("--frames", "-3"), "--frames -3: expected 1 at least"),
+        (("--workers", "0"), "--workers 0: expected 1 at least"),
+        (("--seed", "-1"), "--seed -1: expected 0 at least"),
+        (("--still", "1.5"), "--still 1.5: expected a share from 0 to 1"),
+        (("--still", "nan"), "--still nan: expected a share from 0 to 1"),
     ],
 )
-def test_command_line_mistakes_are_one_line(tmp_path, told, word):
-    result = run(tmp_path / "clips", *told)
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1 and word in result.stderr
+def test_command_line_mistakes_are_one_line(tmp_path, capsys, monkeypatch, told, line):
+    assert re.fullmatch(f"clips.simulate: {line}", failure(capsys, monkeypatch, tmp_path / "clips", *told))
     assert not (tmp_path / "clips").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    told = failure(capsys, monkeypatch, tmp_path / "file" / "clips", "--clips", 1)
+    assert told.startswith("clips.simulate: ") and "file/clips" in told
+
+
+@pytest.mark.parametrize(
+    ("told", "was"),
+    [
+        (("--frames", 3), "2 frames of 24x16, now 3 of 24x16"),
+        (("--size", "16x24"), "2 frames of 24x16, now 2 of 16x24"),
+    ],
+)
+def test_clips_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch, told, was):
+    file = tmp_path / "dominoes_00000001.safetensors"
+    simulate("dominoes", 1, frames=2, size=(24, 16)).save(file)
+    line = failure(capsys, monkeypatch, tmp_path, "--clips", 2, "--size", "24x16", "--frames", 2, *told)
+    assert line == f"clips.simulate: {file}: was made with {was}: take another DIR"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_ctrl_c_is_one_line_and_leaves_whole_clips(tmp_path):
+    """A terminal sends it to all processes at once."""
+    words = ["--clips", "2000", "--size", "24x16", "--frames", "2", "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clips.simulate", tmp_path / "clips", *words],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while not list(tmp_path.glob("clips/*.safetensors")):
+            time.sleep(0.05)
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=100)[1]  # until no worker is left that holds it
+    finally:
+        process.kill()
+    lines = [line for line in re.split(r"[\r\n]", told) if line.strip() and "clip]" not in line]
+    assert process.returncode == 130
+    assert lines == ["clips.simulate: stopped; the same command goes on from here"]
+    assert {path.suffix for path in (tmp_path / "clips").iterdir()} == {".safetensors"}
+
+
+def test_a_worker_that_is_ended_removes_what_it_has_half_written(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    simulate_script.clean_up_at_sigterm()
+    try:
+        with pytest.raises(SystemExit), whole_file(tmp_path / "a") as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
