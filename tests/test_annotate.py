@@ -70,6 +70,33 @@ def test_a_folder_is_read_by_frame_number(tmp_path):
         read(Pictures("v", 4, noise(1, 5, 7, 3)))
 
 
+@pytest.mark.parametrize(
+    ("option", "there", "message"),
+    [
+        ("--depth", range(6), None),
+        ("--flow", range(6), None),
+        ("--flow", range(5), None),  # the last frame has none
+        ("--depth", range(5), r"has 5 files \(000000\.npy or \.png ...\), the video 6 frames at --fps 7"),
+        ("--flow", range(4), r"has 4 files \(000000\.npy or \.flo ...\), the video 6 frames at --fps 7"),
+        ("--flow", range(20), "has 20 files .*, the video 6 frames at --fps 7"),
+        ("--depth", range(1, 7), r"has no 000000\.npy or \.png"),  # other tools count from 1
+        ("--depth", [0, 1, 2, 4, 5, 6], r"has no 000003\.npy or \.png"),
+        ("--flow", range(0), "has 0 files"),
+    ],
+)
+def test_a_folder_has_as_many_files_as_the_video_has_frames(tmp_path, option, there, message):
+    (tmp_path / "v").mkdir()
+    for number in there:
+        (tmp_path / "v" / f"{number:06d}.npy").touch()
+    (tmp_path / "v" / "000009.txt").touch()
+    (tmp_path / "v" / "notes.npy").touch()
+    if message is None:
+        annotate.Folder(option, tmp_path).check("v", 6, 7)
+        return
+    with pytest.raises(ValueError, match=f"^{option} {tmp_path}/v: {message}$" if "files" not in message else message):
+        annotate.Folder(option, tmp_path).check("v", 6, 7)
+
+
 # ----------------------------------------------------------------------------------------------------------------- flow
 
 
@@ -504,6 +531,36 @@ def test_clips_of_other_settings_are_not_mixed(user_folders, capsys, half):
     assert "v_000003.safetensors" in names_in(out)
 
 
+def test_clips_without_a_record_are_not_mixed_either(user_folders, capsys):
+    """What they were made with is written in themselves."""
+    command(*user_folders.words)
+    (user_folders.out / ".videos" / "v.json").unlink()
+    before = names_in(user_folders.out)
+    assert command(*user_folders.words, "--segmentation", "none") == 1
+    assert f"were made with segmentation = {user_folders.root}/ids, now segmentation = none" in failure(capsys)
+    assert names_in(user_folders.out) == before
+
+
+def test_clips_of_another_video_of_the_same_name_are_not_taken_for_its_own(user_folders, capsys):
+    command(*user_folders.words)
+    other = user_folders.root / "other"
+    other.mkdir()
+    write_video(other / "v.mp4", gray_levels([90] * 19, 36, 50), 10)
+    (other / "v.mkv").write_bytes((user_folders.root / "v.mp4").read_bytes())
+    for name, told in (("v.mp4", r"bytes = \d+, now bytes = \d+"), ("v.mkv", "source = v.mp4, now source = v.mkv")):
+        assert command(other / name, *user_folders.words[1:]) == 1
+        assert re.search(f"{name}: its clips in .* were made with {told}: take another --out", failure(capsys))
+
+
+def test_a_foreign_clip_of_the_same_name_is_named(user_folders, capsys):
+    """Nobody knows what it was made of."""
+    user_folders.out.mkdir()
+    file = user_folders.out / "v_000004.safetensors"
+    file.write_bytes(b"mine")
+    assert command(*user_folders.words) == 1
+    assert failure(capsys).startswith(f"clips.annotate: {file}: ") and names_in(user_folders.out) == [file.name]
+
+
 def test_a_damaged_record_is_named(user_folders, capsys):
     command(*user_folders.words)
     record = user_folders.out / ".videos" / "v.json"
@@ -513,6 +570,51 @@ def test_a_damaged_record_is_named(user_folders, capsys):
     assert failure(capsys) == f"clips.annotate: {record}: 'clips'; delete it, it will be made again"
     record.unlink()
     assert command(*user_folders.words) == 0 and "0 clips written, 4 were there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fps", "count"), [(5, 10), (7, 13)])
+def test_folders_of_another_rate_are_a_line(user_folders, capsys, fps, count):
+    """Made for 10 frames a second."""
+    assert command(*user_folders.words, "--fps", fps) == 1
+    folder = user_folders.root / "flow" / "v"
+    told = f"has 19 files (000000.npy or .flo ...), the video {count} frames at --fps {fps}"
+    assert failure(capsys) == f"clips.annotate: --flow {folder}: {told}"
+    assert not user_folders.out.exists()
+
+
+def everywhere(value: float, *shape: int) -> np.ndarray:
+    return np.full((*shape, 12, 18), value)
+
+
+UNKNOWN = "unknown flow, at 216 of 216 pixels: every pixel needs one"
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("flow", everywhere(1.7e9, 2), rf"holds 1\.7e\+09, {UNKNOWN}"),
+        ("flow", everywhere(np.nan, 2), f"holds nan, {UNKNOWN}"),
+        ("flow", everywhere(7e4, 2), None),
+        ("depth", everywhere(7e4), None),
+        ("depth", everywhere(1e-9), None),
+        ("depth", everywhere(np.nan), "holds the depth nan, expected positive numbers"),
+        ("depth", noise(12, 18, 3), "is a colour picture, and colours are no distances: .*"),
+        ("ids", noise(12, 18, 3), r"is a colour picture \(RGB\), expected gray or palette: value = id"),
+        ("ids", noise(12, 18, 2), "has half transparent pixels: an id is there or not"),
+    ],
+)
+def test_what_has_no_clear_meaning_is_a_line_and_leaves_nothing(user_folders, capsys, option, content, message):
+    file = user_folders.root / option / "v" / "000002.npy"
+    if content.dtype == np.uint8:
+        file.unlink()
+        file = file.with_suffix(".png")
+        Image.fromarray(content).save(file)
+    else:
+        np.save(file, content)
+    assert command(*user_folders.words) == 1
+    line = f"v, frames from 0 on: {file}: {message}" if message else ".*, which half precision .*"
+    assert re.fullmatch(rf"clips\.annotate: {line}", failure(capsys))
+    assert not user_folders.out.exists()
 
 
 @pytest.fixture
@@ -645,6 +747,27 @@ def test_output_that_is_no_folder(user_folders):
     with pytest.raises(ValueError, match="out: is not a folder"):
         command(*user_folders.words)
     assert user_folders.out.read_text() == "mine"
+
+
+def test_export_again_does_not_leave_frames_of_another_rate(user_folders, capsys):
+    words = [user_folders.root / "v.mp4", "--size", "18x12", "--export", user_folders.root / "f"]
+    assert command(*words, "--fps", 10) == 0 and command(*words, "--fps", 10) == 0
+    assert command(*words, "--fps", 5) == 1
+    told = "the frames from 000010.png on are of an earlier export: delete the folder"
+    assert failure(capsys) == f"clips.annotate: {user_folders.root}/f/v: {told}"
+
+
+def test_ctrl_c_is_one_line(user_folders, capsys, monkeypatch):
+    def stopped(self, path):
+        assert self.rgb.shape == (4, 12, 18, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Clip, "save", stopped)
+    monkeypatch.setattr(sys, "argv", ["clips.annotate", *map(str, user_folders.words)])
+    with pytest.raises(SystemExit) as end:
+        annotate.main()
+    assert end.value.code == 130 and not user_folders.out.exists()
+    assert failure(capsys) == "clips.annotate: stopped; the same command goes on from here"
 
 
 def test_export_writes_what_annotators_see(user_folders):
