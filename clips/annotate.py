@@ -49,18 +49,7 @@ from clips.maps import first_line, read_depth, read_flow, read_ids
 from clips.video import pieces, read_video
 from weights import whole_file
 
-VIDEO_ENDINGS = {
-    ".3gp",
-    ".avi",
-    ".gif",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".webm",
-}  # of what is taken from a folder
+VIDEO_ENDINGS = {".3gp", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # in a folder
 BUCKET_SPEED = 0.1  # picture heights a second that are motion bucket 127, SVD's default
 RAFT_SIDE = 128  # pixels; RAFT's coarsest correlation needs that many
 RELATIVE_FAR = 50.0  # depth of the farthest point of a clip when the nearest is 1

@@ -38,7 +38,7 @@ def rate_filter(source_fps: float, fps: float) -> str:
     The first one has the time 0, also in a file whose sound begins before.
     """
     early = f"settb=1/1000000,setpts=PTS-STARTPTS-{500_000 / source_fps:.0f}"
-    return f"{early},fps={fps:.6g}:round=up,setpts=N"
+    return f"{early},fps={fps:.6g}:round=up"
 
 
 def read_video(path: Path, fps: float) -> Iterator[np.ndarray]:
@@ -53,11 +53,10 @@ def read_video(path: Path, fps: float) -> Iterator[np.ndarray]:
         source_fps = frames_a_second(path)
         if source_fps < 0.99 * fps:
             raise ValueError(f"{path}: has {source_fps:g} frames a second, --fps {fps:g} asks for more")
-        rate = min(fps, source_fps)
-        filters = f"{rate_filter(source_fps, rate)},scale='max(1,round(iw*sar))':ih,setsar=1"
-        output = ["-vf", filters, "-r", f"{rate:.6g}"]  # as the filters say: no frame is repeated or left out again
+        filters = f"{rate_filter(source_fps, min(fps, source_fps))},scale='max(1,round(iw*sar))':ih,setsar=1"
         # Where a recording changes its size, the first one holds; otherwise FFmpeg would begin to count anew.
-        stream = imageio_ffmpeg.read_frames(path, input_params=["-reinit_filter", "0"], output_params=output)
+        words = {"input_params": ["-reinit_filter", "0"], "output_params": ["-vf", filters]}
+        stream = imageio_ffmpeg.read_frames(path, **words)
         width, height = next(stream)["size"]
         for frame in stream:
             yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)

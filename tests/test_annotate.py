@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from films import gray_levels, write_video
+from films import ffmpeg, gray_levels, retimed, write_video
 from PIL import Image
 
 from clips import Clip, ClipDataset, annotate
@@ -653,6 +653,12 @@ def test_videos_of_folders_and_lists(many, tmp_path):
     listing.write_text(f"{many.folder}/notes.txt\n\n{many.folder}\n")
     names = [str(many.folder / f"{name}.mp4") for name in "abcde"]
     assert annotate.videos_of(["x.mp4"], str(listing)) == ["x.mp4", f"{many.folder}/notes.txt", *names]
+    (tmp_path / "phone").mkdir()
+    for name in ("a.gif", "b.MOV", "c.3gp", "d.jpg"):
+        (tmp_path / "phone" / name).touch()
+    assert annotate.videos_of([f"{tmp_path}/phone"], None) == [
+        f"{tmp_path}/phone/{n}" for n in ("a.gif", "b.MOV", "c.3gp")
+    ]
     (tmp_path / "empty").mkdir()
     for words, message in (
         (("--list", tmp_path / "gone"), "gone"),
@@ -747,6 +753,26 @@ def test_output_that_is_no_folder(user_folders):
     with pytest.raises(ValueError, match="out: is not a folder"):
         command(*user_folders.words)
     assert user_folders.out.read_text() == "mine"
+
+
+def test_a_phones_video(tmp_path):
+    """Held upright, in the dark (25 frames a second, then 10), with pixels that are not square."""
+    frames = gray_levels(range(20, 200, 6))
+    frames[:, :12] //= 2  # the top, which the phone writes to the right
+    words = ["-vf", "transpose=clock,setsar=2/1", "-c:v", "libx264", "-qp", 0]
+    ffmpeg("-i", write_video(tmp_path / "even.mp4", frames, 20), *words, tmp_path / "turned.mp4")
+    times = [40 * n if n < 15 else 600 + 100 * (n - 15) for n in range(len(frames))]
+    retimed(tmp_path / "turned.mp4", tmp_path / "times.mp4", times)
+    ffmpeg("-display_rotation", 90, "-i", tmp_path / "times.mp4", "-c", "copy", tmp_path / "v.mp4")
+    assert command(tmp_path / "v.mp4", "--size", "9x12", "--fps", 7, "--export", tmp_path / "f") == 0
+    pictures = [np.array(Image.open(tmp_path / "f" / "v" / name)) for name in names_in(tmp_path / "f" / "v")]
+    assert abs(len(pictures) - times[-1] / 1000 * 7) <= 2
+    for number, picture in enumerate(pictures):
+        top, bottom = picture[:5].mean(), picture[7:].mean()
+        assert top == pytest.approx(bottom / 2, abs=3)
+        shown = round((bottom - 20) / 6)
+        now, soon = (np.flatnonzero(np.array(times) <= 1000 * number / 7 + late)[-1] for late in (0, 40))
+        assert now <= shown <= soon, number
 
 
 def test_export_again_does_not_leave_frames_of_another_rate(user_folders, capsys):

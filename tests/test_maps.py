@@ -80,6 +80,15 @@ def test_ids_are_the_values_of_a_picture(tmp_path, name):
         np.testing.assert_array_equal(ids, expected)
 
 
+@pytest.mark.parametrize("read", [read_ids, read_depth])
+def test_a_picture_is_upright_by_its_exif_tag(tmp_path, read):
+    picture = Image.fromarray(IDS + 1)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    picture.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read(tmp_path / "a.png"), np.rot90(IDS + 1, -1))
+
+
 @pytest.mark.parametrize("mode", ["P", "L"])
 def test_the_transparent_value_of_a_picture_is_background(tmp_path, mode):
     picture = palette() if mode == "P" else Image.fromarray(IDS)
@@ -132,6 +141,7 @@ DEPTH_FILES = {
     "gray.png": (Image.fromarray(IDS + 1), IDS + 1.0),
     "gray_as_rgb.png": (Image.fromarray(IDS + 1).convert("RGB"), IDS + 1.0),
     "gray_palette.png": (palette(np.roll(GRAYS, -1, axis=0)), IDS + 1.0),
+    "opaque.png": (Image.fromarray(IDS + 1).convert("LA"), IDS + 1.0),
     "double.npy": (METRES.astype(np.float64), METRES),
 }
 
