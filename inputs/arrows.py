@@ -33,6 +33,7 @@ from inputs.find import Finder, grow_region
 from instance_flow import IDS, checked_ids, paint_arrows
 
 LARGEST_NUMBER = 1e6  # of a coordinate: whatever is beyond is a mistake
+LEAST_SHARE = 0.005  # of the image: of 12 smaller regions, grown on photos, 11 were a part of the object
 
 
 # --------------------------------------------------------------------------------------------------- arrows.json
@@ -326,11 +327,20 @@ def apply_shapes(
                 resolved[index] = replace(arrow, instance=_paint(ids, region))
             told.append(
                 f"{arrows.name}: arrow {index + 1}: no segmentation given, its object is {how} "
-                f"around ({arrow.start[0]:g}, {arrow.start[1]:g}): {region.mean():.1%} of the image"
+                f"around ({arrow.start[0]:g}, {arrow.start[1]:g}): {region.mean():.1%} of the image{_doubt(region)}"
             )
     found = _object_ids(replace(arrows, arrows=tuple(resolved)), ids)
     resolved = [replace(arrow, instance=instance) for arrow, instance in zip(resolved, found, strict=True)]
     return replace(arrows, arrows=tuple(resolved)), ids, told
+
+
+def _doubt(region: np.ndarray) -> str:
+    """What speaks against a guess, for people; photos say where it is right to ask."""
+    at_edge = any(side.any() for side in (region[0], region[-1], region[:, 0], region[:, -1]))
+    if not at_edge and region.mean() > LEAST_SHARE:
+        return ""
+    what = "reaches the edge: is background in it" if at_edge else "is small: is it a part only"
+    return f", and {what}? If input.png shows that, mark the object in page/draw.html"
 
 
 def _paint_shapes(arrows: Arrows, ids: np.ndarray) -> list[Arrow]:
