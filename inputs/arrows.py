@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from clips import open_picture
 from inputs.find import Finder, grow_region
 from instance_flow import IDS, checked_ids, paint_arrows
 
@@ -257,15 +257,19 @@ def _fill_polygon(polygon: tuple[tuple[float, ...], ...], height: int, width: in
 def _read_mask(path: str, height: int, width: int) -> np.ndarray:
     """bool [H, W]: what is more than half as bright as the picture's brightest pixel, and not transparent."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
+        picture = open_picture(path, exact=True)
         if picture.size != (width, height):
             size = "x".join(map(str, picture.size))
-            raise ValueError(f"is {size}, the image is {width}x{height}")
-        opaque = np.asarray(picture.convert("RGBA"))[..., 3] > 127
-        gray = np.asarray(picture if picture.mode[0] in "IF" else picture.convert("L")) * opaque
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reasons = {FileNotFoundError: "no such file", Image.UnidentifiedImageError: "is not an image"}
-        raise ValueError(f"mask {path}: {reasons.get(type(error), error)}") from None
+            raise ValueError(f"{path}: is {size}, the image is {width}x{height}")
+        if picture.mode[0] in "IF":
+            gray = np.asarray(picture)
+        else:
+            gray, alpha = np.moveaxis(np.asarray(picture.convert("RGBA").convert("LA")), -1, 0)
+            gray = gray * (alpha > 127)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"mask {error}") from None
+    if not np.isfinite(gray).all():
+        raise ValueError(f"mask {path}: holds numbers that are not finite")
     return gray > gray.max() / 2
 
 

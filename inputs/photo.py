@@ -19,72 +19,69 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from clips import open_picture, read_depth, read_ids
 from inputs.arrows import Arrows, apply_shapes, arrows_to_flow, told_mask
 from inputs.find import at_hand, choose_finder, estimate_depth, grow_region
 
 # -------------------------------------------------------------------------------------- pictures that a user brings
 
 
-def _open_picture(path: str | os.PathLike) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(Image.open(path))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{path}: {reason}") from None
+DARKEST = 15  # of 255: where nothing is brighter, values were read in the wrong range
+ONE_OF_MANY = ("MPO", "PSD")  # formats whose first picture is the photo: others are previews, gain maps or layers
+SHOWN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # Pillow's modes that it can show
+REDUCED, WHITE_IS_ZERO, DNG = 254, 262, 50706  # TIFF tags
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """A picture file as uint8 [H, W, 3]: upright by its EXIF tag, transparent parts over white, 16 bit cut to 8."""
-    picture = _open_picture(path)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    """A picture file as uint8 [H, W, 3]: upright by its EXIF tag, transparent parts over white, 16 bit cut to 8, floats
+    from 0 to 1. Raises ValueError, or FileNotFoundError, that names the file: of one without a clear meaning, too."""
+    picture = open_picture(path)
+    if reason := _unclear(picture):
+        raise ValueError(f"{path}: {reason}")
+    if picture.mode[0] in "IF":
+        picture = Image.fromarray(_as_bytes(picture, path))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
+    rgb = np.array(picture.convert("RGB"))
+    if rgb.max() <= DARKEST:
+        raise ValueError(f"{path}: is black, no value is above {rgb.max()} of 255: was it saved with too many bits?")
+    return rgb
+
+
+def _unclear(picture: Image.Image) -> str | None:
+    """What keeps a file from being one photo."""
+    count, tags = getattr(picture, "n_frames", 1), getattr(picture, "tag_v2", {})
+    if count > 1 and picture.format not in ONE_OF_MANY:
+        return f"holds {count} pictures, expected one: save the one that you mean"
+    if DNG in tags or tags.get(REDUCED) in (1, 3, 5, 7):  # the first bit
+        return "is a raw photo or only the preview of one: save it as JPEG or PNG"
+    if picture.mode[0] in "IF" and tags.get(WHITE_IS_ZERO) == 0:
+        return "is a negative, white is 0: save it with black as 0"
+    if picture.mode[0] not in "IF" and picture.mode not in SHOWN:
+        return f"is a {picture.mode} picture: save it as RGB"
+    return None
+
+
+def _as_bytes(picture: Image.Image, path: str | os.PathLike) -> np.ndarray:
+    """A gray picture of 16 bits or floats -> uint8 [H, W]."""
+    values = np.asarray(picture)
+    if picture.mode == "F":
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"{path}: holds floats from {values.min():g} to {values.max():g}, expected 0 to 1 (white)")
+        return (255 * values).round().astype(np.uint8)
+    if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # theirs are 16 bits in numbers of 32
+        raise ValueError(f"{path}: has 32 bits, of which white is unknown: save it with 8 or 16")
+    return (values.astype(np.int64) >> 8).astype(np.uint8)
 
 
 def read_segmentation(path: str | os.PathLike) -> np.ndarray:
-    """Ids uint8 [H, W] from a gray or palette picture (value = id) or a colour picture (colour = object, black = 0)."""
-    picture = _open_picture(path)
-    if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 255:
-            raise ValueError(f"{path}: holds the id {values.max()}, expected 0 to 255")
-        return values.astype(np.uint8)
-    packed = np.asarray(picture.convert("RGB")).astype(np.int64) @ (1 << 16, 1 << 8, 1)
-    colors, ids = np.unique(np.append(packed, 0), return_inverse=True)  # black is always among them, and first
-    if len(colors) > 256:
-        raise ValueError(f"{path}: has {len(colors)} colours, expected one for each object, 255 at most")
-    return ids[:-1].reshape(packed.shape).astype(np.uint8)
-
-
-def read_depth(path: str | os.PathLike) -> np.ndarray:
-    """Depth float32 [H, W] in any unit from a gray picture (8 or 16 bit, larger = farther) or a .npy file.
-
-    Raises ValueError when a value is not a positive number: zero is how depth cameras mark "unknown".
-    """
-    if Path(path).suffix == ".npy":
-        try:
-            depth = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path}: {error}") from None
-    else:
-        picture = _open_picture(path)
-        depth = np.asarray(picture if picture.mode[0] in "IF" else picture.convert("L"))
-    if depth.ndim != 2:
-        raise ValueError(f"{path}: has shape {depth.shape}, expected [H, W]")
-    depth = depth.astype(np.float32)
-    if not (np.isfinite(depth) & (depth > 0)).all():
-        raise ValueError(f"{path}: holds the depth {np.nan_to_num(depth, nan=0.0).min():g}, expected positive numbers")
-    return depth
+    """Ids uint8 [H, W] from a gray or palette picture (value = id), a colour picture (colour = object, black = 0) or a
+    .npy file. Errors as `read_rgb`'s."""
+    return read_ids(path, colors=True)
 
 
 @dataclass
@@ -162,16 +159,10 @@ def _nearest(values: Tensor, height: int, width: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(read: Callable[[str], np.ndarray], path: str, rgb: np.ndarray | None = None) -> np.ndarray:
-    """A picture file by one of the readers above; a map must have the size of `rgb`. Raises ValueError or
-    FileNotFoundError that name the file, also of one that is damaged behind its header."""
-    try:
-        value = read(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if rgb is not None and value.shape != rgb.shape[:2]:
+def _read_map(read: Callable[[str], np.ndarray], path: str, rgb: np.ndarray) -> np.ndarray:
+    """Ids or depth, which must have the size of `rgb`. Raises ValueError or FileNotFoundError that name the file."""
+    value = read(path)
+    if value.shape != rgb.shape[:2]:
         size, wanted = (f"{shape[1]}x{shape[0]}" for shape in (value.shape, rgb.shape))
         raise ValueError(f"{path}: is {size}, the image is {wanted}")
     return value
@@ -182,10 +173,12 @@ def read_inputs(arguments: argparse.Namespace, arrows_path: str | None, device: 
     for flag, word in (("segment", "sam"), ("depth", "estimate")):
         if getattr(arguments, flag) == word and importlib.util.find_spec("transformers") is None:
             raise ValueError(f"--{flag} {word} needs transformers: pip install transformers")
-    rgb = _read(read_rgb, arguments.image)
+    rgb = read_rgb(arguments.image)
+    if arguments.svd:
+        return _picture_alone(arguments, arrows_path, rgb)
     given = Arrows.load(arrows_path) if arrows_path else Arrows()
     path = arguments.segmentation or given.segmentation
-    ids = _read(read_segmentation, path, rgb) if path else None
+    ids = _read_map(read_segmentation, path, rgb) if path else None
     depth, depth_origin = read_or_estimate_depth(arguments, given, rgb, device)
     unnamed = ids is None and any(arrow.instance is None and arrow.shape is None for arrow in given.arrows)
     find, how = choose_finder(arguments, device) if unnamed else (grow_region, "")
@@ -199,6 +192,15 @@ def read_inputs(arguments: argparse.Namespace, arrows_path: str | None, device: 
     return Inputs(rgb, given, arrows, torch.from_numpy(ids).long(), depth, f"{objects}; {depth_origin}")
 
 
+def _picture_alone(arguments: argparse.Namespace, arrows_path: str | None, rgb: np.ndarray) -> Inputs:
+    """For plain SVD, which is told nothing else. Says so where the user brought more."""
+    depth = None if arguments.depth in ("auto", "none") else arguments.depth
+    if unused := [name for name in (arrows_path, arguments.segmentation, depth) if name]:
+        print(f"--svd {arguments.svd}: plain SVD sees the picture alone, so these are not used: {', '.join(unused)}")
+    nothing = Arrows(name=arrows_path or "arrows")
+    return Inputs(rgb, nothing, nothing, torch.zeros(rgb.shape[:2], dtype=torch.long), None, "the picture alone")
+
+
 def read_or_estimate_depth(
     arguments: argparse.Namespace, given: Arrows, rgb: np.ndarray, device: str
 ) -> tuple[np.ndarray | None, str]:
@@ -207,7 +209,7 @@ def read_or_estimate_depth(
     told, model = arguments.depth, arguments.depth_model
     path = {"auto": given.depth, "estimate": None, "none": None}.get(told, told)
     if path:
-        return _read(read_depth, path, rgb), f"depth from {path}"
-    if told == "estimate" or (told == "auto" and not arguments.svd and at_hand(model)):
+        return _read_map(read_depth, path, rgb), f"depth from {path}"
+    if told == "estimate" or (told == "auto" and at_hand(model)):
         return estimate_depth(rgb, model, device, local=told == "auto"), f"depth by {model}"
     return None, "no depth"

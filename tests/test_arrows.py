@@ -346,7 +346,7 @@ def bad_shapes(tmp_path):
     here = {"start": [1, 1], "end": [2, 2]}
     return [
         ({**here, "mask": str(tmp_path / "none.png")}, "mask .*none.png: no such file"),
-        ({**here, "mask": str(text)}, "mask .*text.png: is not an image"),
+        ({**here, "mask": str(text)}, "mask .*text.png: not an image"),
         ({**here, "mask": small}, "mask .*small.png: is 5x4, the image is 12x8"),
         ({**here, "mask": black}, "mask .*black.png.* covers no pixel"),
         ({**here, "mask": str(tmp_path)}, "mask "),
