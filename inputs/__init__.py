@@ -1,7 +1,7 @@
 """What a person brings: arrows, and a picture of any size with ids and depth."""
 
 from inputs.arrows import Arrow, Arrows, apply_shapes, arrows_to_flow, told_mask, told_to_stay
-from inputs.photo import Canvas, Inputs, fit, read_depth, read_inputs, read_rgb, read_segmentation
+from inputs.photo import Canvas, Inputs, doubt_of, fit, read_depth, read_inputs, read_rgb, read_segmentation
 
 __all__ = [
     "Arrow",
@@ -10,6 +10,7 @@ __all__ = [
     "Inputs",
     "apply_shapes",
     "arrows_to_flow",
+    "doubt_of",
     "fit",
     "read_depth",
     "read_inputs",
