@@ -33,6 +33,7 @@ from inputs.find import Finder, grow_region
 from instance_flow import IDS, checked_ids, paint_arrows
 
 LARGEST_NUMBER = 1e6  # of a coordinate: whatever is beyond is a mistake
+SHOWN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # Pillow's modes of known colours
 LEAST_SHARE = 0.005  # of the image: of 12 smaller regions, grown on photos, 11 were a part of the object
 
 
@@ -75,7 +76,8 @@ class Arrow:
         rasterise = {"box": _fill_box, "polygon": _fill_polygon, "mask": _read_mask}[self.shape]
         area = rasterise(getattr(self, self.shape), height, width)
         if not area.any():
-            raise ValueError(f"{self.shape} {reprlib.repr(getattr(self, self.shape))} covers no pixel of the image")
+            shown = self.mask or reprlib.repr(getattr(self, self.shape))  # of a file the whole name
+            raise ValueError(f"{self.shape} {shown} covers no pixel of the image")
         return area
 
 
@@ -263,6 +265,8 @@ def _read_mask(path: str, height: int, width: int) -> np.ndarray:
             raise ValueError(f"{path}: is {size}, the image is {width}x{height}")
         if picture.mode[0] in "IF":
             gray = np.asarray(picture)
+        elif picture.mode not in SHOWN:
+            raise ValueError(f"{path}: is a {picture.mode} picture: save it as gray or RGB")
         else:
             gray, alpha = np.moveaxis(np.asarray(picture.convert("RGBA").convert("LA")), -1, 0)
             gray = gray * (alpha > 127)

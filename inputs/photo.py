@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from clips import open_picture, read_depth, read_ids
-from inputs.arrows import Arrows, apply_shapes, arrows_to_flow, told_mask
+from inputs.arrows import SHOWN, Arrows, apply_shapes, arrows_to_flow, told_mask
 from inputs.find import at_hand, choose_finder, estimate_depth, grow_region
 from svd import VAE
 
@@ -32,7 +32,6 @@ from svd import VAE
 LEAST_DECIBELS = 27  # from a picture to what the VAE gives back: between what it was trained on and photos
 DARKEST = 15  # of 255: where nothing is brighter, values were read in the wrong range
 ONE_OF_MANY = ("MPO", "PSD")  # formats whose first picture is the photo: others are previews, gain maps or layers
-SHOWN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # Pillow's modes that it can show
 REDUCED, WHITE_IS_ZERO, DNG = 254, 262, 50706  # TIFF tags
 
 
@@ -55,7 +54,11 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
 
 def _unclear(picture: Image.Image) -> str | None:
     """What keeps a file from being one photo."""
-    count, tags = getattr(picture, "n_frames", 1), getattr(picture, "tag_v2", {})
+    tags = getattr(picture, "tag_v2", {})
+    try:
+        count = getattr(picture, "n_frames", 1)
+    except Exception:  # Pillow raises whatever damaged bytes lead it to
+        return "holds several pictures, and one is damaged"
     if count > 1 and picture.format not in ONE_OF_MANY:
         return f"holds {count} pictures, expected one: save the one that you mean"
     if DNG in tags or tags.get(REDUCED) in (1, 3, 5, 7):  # the first bit

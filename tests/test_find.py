@@ -89,3 +89,38 @@ def test_grow_region_refuses_to_swallow_the_image(kind):
         image = gray.clip(0, 255).astype(np.uint8)
     with pytest.raises(ValueError, match=r"nothing stands out around \(45, 5\), or it is more than 50%"):
         grow_region(image, (45, 5))
+
+
+def test_grow_region_stops_before_it_leaks():
+    """The box and the wall behind it, together, differ more from the strip than from each other: the lake of both lasts
+    longest, and is no object."""
+    image, box = np.full((60, 90, 3), 130, np.uint8), np.zeros((60, 90), bool)
+    box[20:40, 30:55] = True
+    image[:6], image[box] = 255, 100
+    assert overlap(grow_region(image, (40, 30)), box) > 0.95
+    image[:6] = 130  # even without the strip, the wall is none
+    for wall in ((5, 5), (80, 50)):
+        with pytest.raises(ValueError, match=r"its background; mark the object in page/draw\.html"):
+            grow_region(image, wall)
+
+
+@pytest.mark.parametrize(("share", "edge", "found"), [(0.36, False, True), (0.36, True, False), (0.25, True, True)])
+def test_a_large_region_is_an_object_where_it_touches_no_edge(share, edge, found):
+    height, width = 80, 100
+    image, side = np.full((height, width, 3), 60, np.uint8), round((share * height * width) ** 0.5)
+    top = height - side if edge else (height - side) // 2
+    image[top : top + side, 20 : 20 + side] = (170, 60, 40)
+    if found:
+        assert overlap(grow_region(image, (40, top + 10)), image[..., 0] == 170) > 0.95
+    else:
+        with pytest.raises(ValueError, match="nothing stands out"):
+            grow_region(image, (40, top + 10))
+
+
+def test_holes_do_not_make_a_region_larger_than_half():
+    """A frame that touches no edge: what it surrounds is its hole."""
+    image = np.full((80, 100, 3), 60, np.uint8)
+    image[4:76, 4:96] = (170, 60, 40)
+    image[10:70, 10:90] = 60
+    with pytest.raises(ValueError, match="or it is more than 50%"):
+        grow_region(image, (6, 30))
