@@ -98,6 +98,8 @@ def test_grow_region_stops_before_it_leaks():
     box[20:40, 30:55] = True
     image[:6], image[box] = 255, 100
     assert overlap(grow_region(image, (40, 30)), box) > 0.95
+    with pytest.raises(ValueError, match="nothing stands out"):
+        grow_region(image, (50, 2))  # a tenth of the picture, along three sides
     image[:6] = 130  # even without the strip, the wall is none
     for wall in ((5, 5), (80, 50)):
         with pytest.raises(ValueError, match=r"its background; mark the object in page/draw\.html"):
