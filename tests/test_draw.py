@@ -413,7 +413,7 @@ def test_an_arrow_where_nothing_stands_out_waits_for_its_object(page, picture, t
     page.drag((50, 60), (70, 60))  # another arrow does not take its number
     assert set(page.work()[1]["arrows"]) == {"1", "2"}
     page.js("document.querySelector('#list button').click()")
-    mark_box(page, (170, 5), (190, 25))
+    mark_box(page, (165, 30), (185, 50))  # wherever it is, the arrow waits for it
     ids, work = page.work()
     assert 380 < (ids == 1).sum() < 450 and set(work["arrows"]) == {"1", "2"}
     page.press(["\ue009", "z"])
@@ -453,6 +453,11 @@ def test_a_leak_is_no_object_here_or_there(page, tmp_path):
             grow_region(image, place)
     page.drag((100, 60), (150, 60))
     assert (page.work()[0] == 3).sum() == grow_region(image, (100, 60)).sum() > 300
+    image[:], image[5:115, 5:195], image[15:105, 15:185] = 90, 200, 90  # what the frame surrounds is its hole
+    Image.fromarray(image).save(path)
+    page.open(path)
+    page.drag((10, 60), (100, 30))
+    assert "Nothing stands out here" in page.status() and not page.work()[0].any()
 
 
 @needs_browser
