@@ -270,6 +270,18 @@ def test_a_large_photo_is_grown_as_the_product_does(page, tmp_path):
 
 
 @needs_browser
+def test_a_photo_is_upright_here_and_there(page, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright
+    Image.open(scene(tmp_path / "lying.png")).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    assert "120 x 200" in page.open(tmp_path / "photo.jpg")
+    page.press("a")
+    page.drag((60, 50), (20, 60))  # the disk
+    theirs = grow_region(read_rgb(tmp_path / "photo.jpg"), (60, 50))
+    assert theirs.shape == (200, 120) and theirs.sum() > 1000 and (theirs != (page.work()[0] == 1)).mean() < 0.002
+
+
+@needs_browser
 def test_the_camera_is_dragged_and_arrows_move_by_keys(page, picture):
     page.press("g")
     page.drag((50, 60))
@@ -406,6 +418,9 @@ def test_an_arrow_where_nothing_stands_out_waits_for_its_object(page, picture, t
     assert "Nothing stands out here" in page.status()
     ids, work = page.work()
     assert not ids.any() and list(work["arrows"]) == ["1"]
+    page.click("undo")
+    assert page.work()[1]["arrows"] == {}
+    page.click("redo")
     assert "not marked yet" in page.js("return $('list').innerText")
     page.js("$('help').textContent = ''")
     page.click("save")
