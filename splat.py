@@ -20,9 +20,10 @@ Symbols: B batch, n flow fields per feature map, N = n B, C channels, P = H W pi
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from math import ceil
 from types import ModuleType
@@ -31,8 +32,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
-from torch.autograd.function import FunctionCtx as Context
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 MODES = ("sum", "average", "linear", "softmax")
 BACKENDS = ("auto", "torch", "numba", "cuda")
@@ -40,6 +40,9 @@ EPS = 1e-7  # a target whose weights sum to no more than this is a hole
 
 numba: ModuleType | None = None  # both are imported by the first call that needs them,
 tl: ModuleType | None = None  # so that `import splat` is quick and neither package is required
+forked: list[bool] = []  # not empty in a forked child, which cannot use the threads that Numba started in its parent
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=lambda: forked.append(True))
 
 
 # --- Step 1: where pixels go, and with what weight ----------------------------------------------------------
@@ -60,14 +63,12 @@ def corners(flow: Tensor, metric: Tensor | None, mode: str) -> tuple[Tensor, Ten
     x0, y0 = dx.floor(), dy.floor()
     ax, ay = dx - x0, dy - y0  # of the vector, not of pixel + vector: no digits lost to a large coordinate
     bilinear = torch.stack([(1 - ax) * (1 - ay), ax * (1 - ay), (1 - ax) * ay, ax * ay], 1).flatten(2)  # b: [N,4,P]
-
     column = x0.long() + torch.arange(W, device=flow.device)  # [N,H,W]
     row = y0.long() + torch.arange(H, device=flow.device)[:, None]
     column = torch.stack([column, column + 1, column, column + 1], 1)  # [N,4,H,W]
     row = torch.stack([row, row, row + 1, row + 1], 1)
     inside = (column >= 0) & (column < W) & (row >= 0) & (row < H) & alive
     index = (row * W + column).where(inside, H * W).flatten(2)  # [N,4,P]
-
     weight = bilinear if metric is None else bilinear * importance(metric, bilinear, index, mode)  # u: [N,4,P]
     return index, weight if mode == "sum" else normalise(weight, index)
 
@@ -219,16 +220,19 @@ def numba_kernels() -> tuple[Callable[..., None], ...]:
     one_caller = threading.Lock()  # one of Numba's thread pools cannot serve two callers at once
 
     def compiled(function: Callable) -> Callable[..., None]:
-        kernel = numba.njit(parallel=True, cache=True, fastmath={"contract"})(function)
+        kernel = numba.njit(parallel=True, fastmath={"contract"})(function)
+        with suppress(RuntimeError):  # nowhere to write, as in a read-only install: each process compiles anew
+            kernel.enable_caching()
 
         def call(*tensors: Tensor) -> None:
-            arrays = [t.detach().numpy() for t in tensors]
-            # unsigned: spares the kernel the test for a negative index
-            arrays = [a.view(np.uint32) if a.dtype == np.int32 else a for a in arrays]
-            threads = torch.get_num_threads()
+            arrays, threads = [t.detach().numpy() for t in tensors], torch.get_num_threads()
+            arrays = [a.view(np.uint32) if a.dtype == np.int32 else a for a in arrays]  # spares a test for index < 0
             with one_caller:
                 numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-                kernel(*arrays)
+                try:
+                    kernel(*arrays)
+                except OSError:  # it is compiled, but the disk that should keep it is full
+                    kernel(*arrays)
             if torch.get_num_threads() != threads:  # Numba sets OpenMP's number, which torch reads
                 torch.set_num_threads(threads)
 
@@ -241,7 +245,7 @@ class SplatNumba(torch.autograd.Function):
     """splat_torch on a CPU. It is linear in x and in weight: its derivatives are two more products."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         index, weight = index.int(), weight.contiguous()
         ctx.save_for_backward(x, index, weight)
         (N, _, P), (list_sources, gather, _, _) = index.shape, numba_kernels()
@@ -253,7 +257,7 @@ class SplatNumba(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, index, weight = ctx.saved_tensors
         _, _, gather_corners, dot_corners = numba_kernels()
         inside, g, grad_x, grad_weight = index < index.shape[2], g.contiguous(), None, None
@@ -492,7 +496,7 @@ class SplatGPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, flow: Tensor, metric: Tensor | None, mode: str) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, flow: Tensor, metric: Tensor | None, mode: str) -> Tensor:
         (B, C, H, W), N, P, (C_, P_, warps) = x.shape, len(flow), x[0, 0].numel(), GATHER
         mode = "average" if metric is None and mode == "softmax" else mode
         flow, metric = flow.contiguous(), None if metric is None else metric.contiguous()
@@ -507,7 +511,7 @@ class SplatGPU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, flow, metric, index, weight, start, source, top, S = ctx.saved_tensors
         (N, C, H, W), (B, P, _), (C_, P_, warps) = g.shape, rows.shape, BACK
         (_, need_flow, need_metric, _), n, targets = ctx.needs_input_grad, N // B, (ceil(P / CORNERS), N)
@@ -539,7 +543,7 @@ def softsplat(
              less in total). softmax depends on differences of the metric only, never over- or underflows, and without a
              metric is average. linear expects metric >= 0: a target whose weights sum to 1e-7 or less is a hole.
     backend  "torch", "numba" (CPU) or "cuda" (Triton). "auto": numba on a CPU in float32, cuda on a GPU, where these
-             packages are installed, else torch.
+             packages are installed; else, in a forked process and inside torch.func's transforms (grad, vmap), torch.
 
     A pixel with a non-finite flow vector or metric is dropped, alone, and its flow and metric get no gradient. At an
     integer vector the flow's gradient is one-sided, towards larger flow. Computes in float32 (float64 if x is), returns
@@ -548,42 +552,37 @@ def softsplat(
     check(x, flow, metric, mode, backend)
     B, C, H, W = x.shape
     n, dtype = len(flow) // B, torch.promote_types(x.dtype, torch.float32)
-    if backend == "auto":
-        backend = choose_backend(x.device.type, dtype)
+    backend = choose_backend(x.device.type, dtype) if backend == "auto" else backend
     with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         flow, metric = flow.to(dtype), None if metric is None else metric.to(dtype)
-        fast = SplatGPU.apply if backend == "cuda" else SplatNumba.apply
+        product = {"torch": splat_torch, "numba": SplatNumba.apply, "cuda": SplatGPU.apply}[backend]
         if backend != "torch" and torch.compiler.is_compiling():  # asked first: disable() takes a second to import
-            fast = torch.compiler.disable(fast)
+            product = torch.compiler.disable(product)
         if backend == "cuda":
-            return fast(x, flow, metric, mode)
-        if metric is not None:
-            metric = metric.repeat_interleave(n, 0)  # [N,1,H,W]
+            return product(x, flow, metric, mode)
+        metric = None if metric is None else metric.repeat_interleave(n, 0)  # [N,1,H,W]
         index, weight = corners(flow, metric, mode)  # [N,4,P] each
-        planes = x.to(dtype).flatten(2).contiguous()  # [B,C,P]
-        out = splat_torch(planes, index, weight) if backend == "torch" else fast(planes, index, weight)
+        out = product(x.to(dtype).flatten(2).contiguous(), index, weight)  # [B,C,P] -> [N,C,P]
         return out.view(n * B, C, H, W).to(x.dtype)
 
 
 def choose_backend(device: str, dtype: torch.dtype) -> str:
-    """What "auto" means for a device type."""
+    """What "auto" means for a device type. torch's own operations go into any process and any transform."""
+    if forked or torch._C._are_functorch_transforms_active():
+        return "torch"
     if device == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba"):
         return "numba"
-    if device == "cuda" and importlib.util.find_spec("triton"):
-        return "cuda"
-    return "torch"
+    return "cuda" if device == "cuda" and importlib.util.find_spec("triton") else "torch"
 
 
 def check(x: Tensor, flow: Tensor, metric: Tensor | None, mode: str, backend: str) -> None:
     """Raise the ValueErrors of softsplat."""
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    tensors = {"x": x, "flow": flow} | ({} if metric is None else {"metric": metric})
-    for name, t in tensors.items():
-        if not t.is_floating_point():
-            raise ValueError(f"{name}: expected floating point, got {t.dtype}")
+    for name, value, known in (("mode", mode, MODES), ("backend", backend, BACKENDS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    for name, t in {"x": x, "flow": flow, "metric": x if metric is None else metric}.items():
+        if not (isinstance(t, Tensor) and t.is_floating_point()):
+            raise ValueError(f"{name}: expected floating point, got {getattr(t, 'dtype', type(t).__name__)}")
         if t.device != x.device:
             raise ValueError(f"{name}: on {t.device}, but x is on {x.device}")
     if x.ndim != 4 or 0 in x.shape:
@@ -597,3 +596,5 @@ def check(x: Tensor, flow: Tensor, metric: Tensor | None, mode: str, backend: st
         raise ValueError(f"metric: mode {mode!r} {'needs one' if metric is None else 'takes none'}")
     if backend in ("numba", "cuda") and x.device.type != {"numba": "cpu", "cuda": "cuda"}[backend]:
         raise ValueError(f"backend: {backend!r} cannot run on {x.device}, where x {list(x.shape)} is")
+    if backend in ("numba", "cuda") and (forked or torch._C._are_functorch_transforms_active()):
+        raise ValueError(f"backend: {backend!r} cannot run in a forked process or in a transform of torch.func")

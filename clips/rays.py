@@ -11,6 +11,7 @@ All that is compiled is in this file: the cache on disk notices changes of this 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numba import from_dtype, njit, types
@@ -501,7 +502,15 @@ SIGNATURE = types.void(  # given, so that importing this compiles it, before the
 )  # fmt: skip
 
 
-@njit(SIGNATURE, cache=True, error_model="numpy")
+def kept(function: Callable) -> Callable:
+    """Numba's function of SIGNATURE; its machine code stays on disk, where there is room for it."""
+    try:
+        return njit(SIGNATURE, cache=True, error_model="numpy")(function)
+    except (RuntimeError, OSError):  # a read-only install of a user without a home; a full disk
+        return njit(SIGNATURE, error_model="numpy")(function)
+
+
+@kept
 def draw(
     geoms: np.ndarray, views: np.ndarray, rgb: np.ndarray, flow: np.ndarray, ids: np.ndarray, depth: np.ndarray
 ) -> None:
