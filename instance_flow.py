@@ -14,12 +14,55 @@ per frame step, v an arrow in pixels, delta frame steps per arrow: v delta is th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
 IDS = 256  # 0 is the background
 REDUCTIONS = ("instance", "first_mask", "pixel", "start")
 MASK_UNITS = ("instance", "pixel", "element")
+ONE_OR_MORE = (2, "H", "W"), ("B", 2, "H", "W")  # of a flow field
+
+# ------------------------------------------------------------------------------------------------------- what comes in
+
+
+def check_shape(name: str, value: Tensor, *shapes: Sequence[int | str]) -> None:
+    """Raises ValueError that begins with `name` for what is no tensor or has none of these shapes (if any are given).
+    A letter in a shape stands for any size but 0."""
+    wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is of type {type(value).__name__}, expected a tensor {wanted}".rstrip())
+    pairs = [list(zip(value.shape, shape, strict=True)) for shape in shapes if len(shape) == value.ndim]
+    if shapes and not any(all(size == of or (size and isinstance(of, str)) for size, of in pair) for pair in pairs):
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {wanted}")
+
+
+def check_floats(name: str, value: Tensor, *shapes: Sequence[int | str]) -> None:
+    """As `check_shape`, and for whole numbers: a mean of them would be cut to one."""
+    check_shape(name, value, *shapes)
+    if not value.is_floating_point():
+        raise ValueError(f"{name} is {value.dtype}, expected floating point")
+
+
+def check_real(name: str, value: float) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a number")
+
+
+def checked_ids(segmentation: Tensor, device: torch.device, name: str = "segmentation") -> Tensor:
+    """Ids as int64 on `device`. Raises ValueError when one is not a whole number of 0 to 255."""
+    if segmentation.is_floating_point() or segmentation.dtype == torch.bool:
+        raise ValueError(f"{name} is {segmentation.dtype}, expected whole numbers")
+    ids = segmentation.to(device, torch.int64)
+    if segmentation.dtype == torch.uint8:  # no byte is out of range; to look would make a GPU and its host wait
+        return ids
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < IDS:
+        raise ValueError(f"{name} holds ids from {ids.min()} to {ids.max()}, expected 0 to {IDS - 1}")
+    return ids
+
 
 # ----------------------------------------------------------------------------------------- from dense flow: Eq. 1 - 3
 
@@ -54,29 +97,12 @@ def instance_flow(flow: Tensor, segmentation: Tensor, reduce: str = "instance") 
 
 def _batched(flow: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor]:
     """Checks shapes -> flow [B, T, 2, H, W], ids int64 [B, T or 1, H, W] on the flow's device. B: 1 if absent."""
-    if flow.ndim not in (4, 5) or flow.shape[-3] != 2 or flow.shape[-4] == 0:
-        raise ValueError(f"flow has shape {list(flow.shape)}, expected [T, 2, H, W] or [B, T, 2, H, W]")
-    one_frame = flow.shape[:-4] + flow.shape[-2:]
-    all_frames = flow.shape[:-3] + flow.shape[-2:]
-    if segmentation.shape not in (one_frame, all_frames):
-        raise ValueError(
-            f"segmentation has shape {list(segmentation.shape)}, expected {list(one_frame)} or {list(all_frames)}"
-        )
+    check_floats("flow", flow, ("T", 2, "H", "W"), ("B", "T", 2, "H", "W"))
+    one_frame, all_frames = flow.shape[:-4] + flow.shape[-2:], flow.shape[:-3] + flow.shape[-2:]
+    check_shape("segmentation", segmentation, one_frame, all_frames)
     if flow.ndim == 4:
         flow, segmentation = flow[None], segmentation[None]
-    return flow, checked_ids(segmentation.view(len(flow), -1, *flow.shape[-2:]), flow.device)
-
-
-def checked_ids(segmentation: Tensor, device: torch.device) -> Tensor:
-    """Ids as int64 on `device`. Raises ValueError when one is not a whole number of 0 to 255."""
-    if segmentation.is_floating_point() or segmentation.dtype == torch.bool:
-        raise ValueError(f"segmentation is {segmentation.dtype}, expected whole numbers")
-    ids = segmentation.to(device, torch.int64)
-    if segmentation.dtype == torch.uint8:  # no byte is out of range; to look would make a GPU and its host wait
-        return ids
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < IDS:
-        raise ValueError(f"segmentation holds ids from {ids.min()} to {ids.max()}, expected 0 to {IDS - 1}")
-    return ids
+    return flow, checked_ids(segmentation.reshape(len(flow), -1, *flow.shape[-2:]), flow.device)
 
 
 def _mean_of_ids(flow: Tensor, ids: Tensor) -> Tensor:
@@ -119,6 +145,12 @@ def paint_arrows(vectors: Tensor, ids: Tensor, segmentation: Tensor, delta: floa
     frame -> [2, H, W], float32, pixels per frame step; zero where no arrow is. Raises ValueError for an id that the
     segmentation does not have, for the background, and for two arrows on one object.
     """
+    check_floats("vectors", vectors, ("N", 2), (0, 2))
+    check_shape("ids", ids, (len(vectors),))
+    check_shape("segmentation", segmentation, ("H", "W"))
+    check_real("delta", delta)
+    if not vectors.isfinite().all():
+        raise ValueError("vectors hold a value that is not finite")
     segmentation = checked_ids(segmentation, segmentation.device)
     F = torch.zeros(2, *segmentation.shape, device=segmentation.device)
     if len(ids.unique()) < len(ids):
@@ -136,6 +168,8 @@ def paint_arrows(vectors: Tensor, ids: Tensor, segmentation: Tensor, delta: floa
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Random numbers of [0, 1) for a device, drawn where the generator lives; on the CPU if there is none."""
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(f"generator is {generator!r}, expected a torch.Generator")
     home = "cpu" if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=home).to(device)
 
@@ -156,19 +190,16 @@ def random_mask(
     Returns F~ and the mask (1 = kept), both of F's dtype; the mask has 2 channels for elements, otherwise 1.
     A sample's draws depend on F's shape and its place in the batch only, and on the generator's device.
     """
-    if not 0 <= p <= 1:
+    if not isinstance(p, Real) or not 0 <= p <= 1:
         raise ValueError(f"p is {p}, expected a probability")
-    if F.ndim not in (3, 4) or F.shape[-3] != 2:
-        raise ValueError(f"F has shape {list(F.shape)}, expected [2, H, W] or [B, 2, H, W]")
+    check_floats("F", F, *ONE_OR_MORE)
     shapes = {"element": F.shape, "pixel": F.shape[:-3] + (1,) + F.shape[-2:], "instance": F.shape[:-3] + (IDS,)}
     if unit not in shapes:
         raise ValueError(f"unit is {unit!r}, expected one of {', '.join(shapes)}")
     lots = uniform(shapes[unit], generator, F.device)
     kept = lots >= p  # lots are below 1
     if unit == "instance":
-        if segmentation is None or segmentation.shape != F.shape[:-3] + F.shape[-2:]:
-            given = None if segmentation is None else list(segmentation.shape)
-            raise ValueError(f"unit 'instance' needs segmentation {list(F.shape[:-3] + F.shape[-2:])}, got {given}")
+        check_shape("segmentation", segmentation, F.shape[:-3] + F.shape[-2:])
         kept = kept.gather(-1, checked_ids(segmentation, F.device).flatten(-2)).view(shapes["pixel"])
     mask = kept.to(F.dtype)
     return F * mask, mask
@@ -176,6 +207,8 @@ def random_mask(
 
 def motion_mask(F: Tensor, tau: float) -> Tensor:
     """M' of Eq. 11: 1 where the (masked) flow F [B, 2, H, W] is longer than tau, else 0; [B, 1, H, W], F's dtype."""
+    check_floats("F", F, *ONE_OR_MORE)
+    check_real("tau", tau)
     return (F.norm(dim=-3, keepdim=True) > tau).to(F.dtype)
 
 
@@ -196,8 +229,9 @@ def sparse_points(F: Tensor, points: int, generator: torch.Generator | None = No
     They are drawn without replacement, each with the same chance, among those where F is not zero; all of them when
     there are fewer.
     """
-    if points < 0:
-        raise ValueError(f"points is {points}, expected 0 or more")
+    if not isinstance(points, Integral) or points < 0:
+        raise ValueError(f"points is {points!r}, expected a whole number of at least 0")
+    check_floats("F", F, *ONE_OR_MORE)
     flat = F.reshape(-1, 2, F.shape[-2] * F.shape[-1])
     lots = uniform((len(flat), flat.shape[-1]), generator, F.device)
     lots = torch.where((flat != 0).any(dim=1), lots, -1.0)

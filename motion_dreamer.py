@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 import clips
 from clips import Motion, render, unrender
-from instance_flow import MASK_UNITS, REDUCTIONS, sparse_points
+from clips.tensors import check_batch, check_condition, check_dream
+from instance_flow import MASK_UNITS, REDUCTIONS, check_floats, sparse_points
 from splat import softsplat
 from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video, gaussian, karras_sigmas
 from weights import Source, open_folder, read_stage, save_folder
@@ -182,9 +183,8 @@ class FlowControl(nn.Module):
         self.down = nn.ModuleList(nn.Sequential(nn.SiLU(), conv) for conv in down)
         self.features = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, channels, strict=True))
         self.metrics = nn.ModuleList(nn.Conv2d(a, 1, 1) for a in widths)
-        for layer in self.features:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for value in self.features.parameters():
+            nn.init.zeros_(value)
 
     def forward(self, first_pictures: Tensor, F: Tensor, frames: int) -> list[Tensor]:
         """[B, 9, H, W], [B, 2, H, W] -> one W^(s) [B, T, C_s, h_s, w_s] per scale."""
@@ -204,6 +204,7 @@ class FlowControl(nn.Module):
 def resize_flow(F: Tensor, s: int, size: tuple[int, int]) -> Tensor:
     """F^(s) = 1/s Resize(F, H/s, W/s) (Eq. 6): [B, 2, H, W] -> [B, 2, *size], in cells per frame step. The mean is over
     pixels that F covers (is not zero at): with the zeros around it, a thin object would lose most of its speed."""
+    check_floats("F", F, ("B", 2, "H", "W"))
     covered = nnf.adaptive_avg_pool2d((F != 0).any(dim=1, keepdim=True).float(), size)
     return nnf.adaptive_avg_pool2d(F.float(), size) / covered.clamp(min=1e-6) / s
 
@@ -219,9 +220,8 @@ class CameraEncoder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2, 256), nn.SiLU(), nn.Linear(256, context_dim))
         self.queries = nn.ModuleList(nn.Linear(context_dim, c, bias=False) for c in query_channels)
-        for layer in (self.mlp[-1], *self.queries):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        for value in (*self.mlp[-1].parameters(), *self.queries.parameters()):
+            nn.init.zeros_(value)
 
     def forward(self, camera: Tensor) -> tuple[Tensor, list[Tensor]]:
         """c [B, 2] -> e_cam [B, 1, D], and one query offset [B, C_i] per temporal attention."""
@@ -237,6 +237,7 @@ def precondition(sigma: Tensor, parameterization: str) -> tuple[Tensor, Tensor, 
 
     x_0 = c_skip x_t + c_out UNet(c_in x_t, c_noise). "v" is SVD's; "x0" is Eq. 5: the network returns x_0 itself.
     """
+    check_floats("sigma", sigma)
     c_in, c_noise = (sigma**2 + 1).rsqrt(), sigma.log() / 4
     if parameterization == "v":
         return 1 / (sigma**2 + 1), -sigma * c_in, c_in, c_noise, (sigma**2 + 1) / sigma**2
@@ -280,7 +281,6 @@ class MotionDreamer(nn.Module):
         config, B = self.config, len(token)
         present = {name: there.view(B, 1, 1, 1).to(token.dtype) for name, there in told.present.items()}
         seen = {name: there * present["rgb"] for name, there in present.items()}  # a null branch sees no latents
-
         maps = {"segmentation": told.segmentation, "depth": told.depth}
         pictures = {"rgb": told.image} | {n: render(n, value[:, None], value)[:, 0] for n, value in maps.items()}
         noisy = told.image + told.noise_aug.view(B, 1, 1, 1) * noise
@@ -302,13 +302,13 @@ class MotionDreamer(nn.Module):
 
     def control(self, cond: Condition, frames: int) -> tuple[list[Tensor] | None, Tensor, list[Tensor]]:
         """What does not depend on the noise, computed once per clip: W^(s), context, camera offsets of the queries."""
-        controlled = self.config.control != "none"
-        warped = self.flow_control(cond.first_pictures, cond.F, frames) if controlled else None
+        warped = None if self.config.control == "none" else self.flow_control(cond.first_pictures, cond.F, frames)
         e_cam, queries = self.camera(cond.camera)
         return warped, cond.token + e_cam, queries  # H' = H + e_cam
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Condition, control: tuple | None = None) -> Tensor:
         """x_t [B, T, C p, h, w], sigma [B] -> the network's x_0, same shape (Eq. 5)."""
+        check_condition(self, x, sigma, vars(cond))
         warped, context, queries = control or self.control(cond, x.shape[1])
         c_skip, c_out, c_in, c_noise, _ = precondition(sigma.float(), self.config.parameterization)
         c_skip, c_out, c_in = (c.view(-1, 1, 1, 1, 1) for c in (c_skip, c_out, c_in))
@@ -323,10 +323,10 @@ class MotionDreamer(nn.Module):
         L_recon is Eq. 5/10; L_motion (Eq. 12) the same error where M' is 1 (Eq. 11), brought to the latent grid by
         max-pooling. Both are means over all elements, weighted by noise level.
         """
+        check_batch(self, batch.x0, batch.M)
         x0, config = batch.x0, self.config
-        z = gaussian((len(x0),), generator, x0.device)
+        sigma = (config.sigma_mean + config.sigma_std * gaussian((len(x0),), generator, x0.device)).exp()
         noise = gaussian(x0.shape, generator, x0.device)
-        sigma = (config.sigma_mean + config.sigma_std * z).exp()
         prediction = self.denoise(x0 + sigma.view(-1, 1, 1, 1, 1) * noise, sigma, batch.condition)
         *_, weight = precondition(sigma, config.parameterization)
         error = weight.view(-1, 1, 1, 1, 1) * (x0 - prediction) ** 2  # [B, T, C p, h, w]
@@ -357,8 +357,7 @@ class MotionDreamer(nn.Module):
         new[:, : c * n], new[:, rgb : rgb + c] = old[:, :c].repeat(1, n, 1, 1) / math.sqrt(n), old[:, c:]
         weights["conv_in.weight"] = new
         sign = -1 if stage_config.parameterization == "x0" else 1
-        for name in ("conv_out.weight", "conv_out.bias"):
-            weights[name] = torch.cat([sign * weights[name]] * n)
+        weights |= {name: torch.cat([sign * weights[name]] * n) for name in ("conv_out.weight", "conv_out.bias")}
         model.unet.load_state_dict(weights, assign=True)
         return model
 
@@ -449,13 +448,16 @@ def dream(
     """Image + arrows -> motion -> video: the whole method (section 3.1, Eq. 13).
 
     image [B, 3, H, W] in [-1, 1], segmentation [B, H, W] ids, depth [B, H, W], F [B, 2, H, W] from `arrows_to_flow`,
-    camera [B, 2]; mask [B, 1, H, W]: where F tells something, by default where it is not zero; fps and motion_bucket:
-    a number or [B], by default the stage's and 127. Returns Motion and video [B, T, 3, H, W]. A Motion that is given
-    (edited, say) is painted as it is, and stage1 may be None; without stage2 there is no video.
+    camera [B, 2]; mask [B, 1, H, W]: where F tells something, by default where it is not zero; fps and motion_bucket: a
+    number or [B], by default the stage's and 127. Returns Motion and video [B, T, 3, H, W]. A Motion that is given is
+    painted as it is, and stage1 may be None; without stage2 there is no video. ValueErrors: clips/tensors.py.
     """
+    shown = {"rgb": image, "segmentation": segmentation, "depth": depth}
+    settings = {"frames": frames, "steps": steps, "guidance": guidance, "generator": generator, "progress": progress}
+    maps = {"image": image, "segmentation": segmentation, "depth": depth, "F": F, "mask": mask, "camera": camera}
+    check_dream((stage1, stage2), maps, motion, fps, motion_bucket, settings)
     B, H, W, device = len(image), *image.shape[-2:], image.device
     fps = (stage1 or stage2).config.fps if fps is None else fps
-    shown = {"rgb": image, "segmentation": segmentation, "depth": depth}
     told = Told(
         image=image,
         segmentation=torch.zeros(B, H, W, dtype=torch.long, device=device) if segmentation is None else segmentation,
@@ -468,7 +470,6 @@ def dream(
         motion_bucket=torch.as_tensor(motion_bucket, dtype=torch.float32, device=device).expand(B),
         noise_aug=torch.full((B,), 0.02, device=device),
     )
-    settings = {"frames": frames, "steps": steps, "guidance": guidance, "generator": generator, "progress": progress}
     if motion is None:
         cond = sampling_condition(stage1, told, None, vae, image_encoder, generator)
         motion = decode_motion(stage1.config, vae, sample(stage1, cond, **settings), shown)
@@ -535,6 +536,5 @@ def stage_class(config: StageConfig) -> type[MotionDreamer]:
 def build(config: dict) -> MotionDreamer:
     """A stage of the shape that a config.json says."""
     stage = read_stage(config["stage"])
-    extras = stage.keys() - vars(STAGE1).keys()
-    stage = (SmallStageConfig if extras else StageConfig)(**stage)
+    stage = (SmallStageConfig if stage.keys() - vars(STAGE1).keys() else StageConfig)(**stage)
     return stage_class(stage)(stage, UNetConfig.from_dict(config["unet"]))

@@ -34,6 +34,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clips.tensors import check_image, check_numbers, check_sampler, check_svd
 from kernels.group_norm import group_norm as group_norm_gpu
 from kernels.group_norm import usable
 from weights import Device, from_pretrained, save_pretrained
@@ -906,35 +907,25 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 700.0
 
 @torch.no_grad()
 def image_to_video(
-    unet: UNet,
-    vae: VAE,
-    image_encoder: ImageEncoder,
-    image: Tensor,
-    *,
-    frames: int,
-    steps: int = 25,
-    fps: float = 7,
-    motion_bucket_id: float = 127,
-    noise_aug: float = 0.02,
-    guidance: tuple[float, float] = (1.0, 3.0),
-    latents: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    decode_chunk: int | None = None,
-) -> Tensor:
+    unet: UNet, vae: VAE, image_encoder: ImageEncoder, image: Tensor, *, frames: int, steps: int = 25, fps: float = 7,
+    motion_bucket_id: float = 127, noise_aug: float = 0.02, guidance: tuple[float, float] = (1.0, 3.0),
+    latents: Tensor | None = None, generator: torch.Generator | None = None, decode_chunk: int | None = None
+) -> Tensor:  # fmt: skip
     """Plain SVD: image [B, 3, H, W] in [-1, 1] (multiples of the VAE's factor) -> video [B, T, 3, H, W] in [-1, 1].
 
     Guidance rises linearly from the first to the last frame. `latents`: unit noise [B, T, C, h, w] to start from. The
     VAE's encoder should be in float32: it overflows in half precision. Its decoder need not. decode_chunk: frames that
-    are decoded at once; None: what fits into memory.
+    are decoded at once; None: what fits into memory. Raises the ValueErrors of clips/tensors.py.
     """
-    if image.shape[-2] % vae.factor or image.shape[-1] % vae.factor:
-        raise ValueError(f"image is {image.shape[-1]}x{image.shape[-2]}, expected multiples of {vae.factor}")
+    check_image(image, vae.factor)
+    check_sampler(frames, steps, guidance, generator)
+    check_svd({"fps": fps, "motion_bucket_id": motion_bucket_id, "noise_aug": noise_aug}, decode_chunk)
     batch, device = len(image), image.device
     context = image_encoder(image)
     noisy = image + noise_aug * torch.randn(image.shape, generator=generator).to(image)
     first = vae.encode(noisy)[:, None].expand(-1, frames, -1, -1, -1).float()  # [B, T, C, h, w], not scaled
-    if latents is None:
-        latents = torch.randn(first.shape, generator=generator)
+    latents = torch.randn(first.shape, generator=generator) if latents is None else latents
+    check_numbers("latents", latents, first.shape)
     added_ids = torch.tensor([[fps - 1, motion_bucket_id, noise_aug]], device=device).expand(batch, -1)
     sigmas = karras_sigmas(steps).to(device)
     scale = torch.linspace(*guidance, frames, device=device).view(1, -1, 1, 1, 1)

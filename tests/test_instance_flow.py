@@ -306,8 +306,8 @@ def test_paint_arrows_is_eq_4():
         ((1.5, "pixel"), "p is 1.5"),
         ((math.nan, "pixel"), "p is nan"),
         ((0.5, "object"), "unit is 'object'"),
-        ((0.5, "instance"), r"needs segmentation \[1, 3, 4\], got None"),
-        ((0.5, "instance", torch.zeros(3, 4, dtype=torch.long)), r"got \[3, 4\]"),
+        ((0.5, "instance"), r"segmentation is of type NoneType, expected a tensor \[1, 3, 4\]"),
+        ((0.5, "instance", torch.zeros(3, 4, dtype=torch.long)), r"segmentation has shape \[3, 4\], expected"),
     ],
 )
 def test_random_mask_names_bad_arguments(arguments, message):

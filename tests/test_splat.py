@@ -3,11 +3,14 @@
 The GPU kernels run on a GPU where there is one; elsewhere in Triton's interpreter, if Triton is installed.
 """
 
+import errno
 import math
+import os
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from triton_here import why_not
 
 import splat
@@ -286,6 +289,96 @@ def test_numba_leaves_the_number_of_threads_of_torch():
     """Numba sets OpenMP's number of threads, which is torch's too: it must be what it was."""
     softsplat(torch.rand(1, 2, 5, 6), torch.rand(1, 2, 5, 6), mode="sum", backend="numba")
     assert torch.get_num_threads() == 1  # as one_thread said
+
+
+# --- Where it runs: transforms of torch.func, a forked child, a machine that keeps no compiled code
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transforms_of_torch_func_against_the_loop(mode):
+    """Odd sizes, more than one in a batch: derivatives along a direction, and each sample's own gradient."""
+    x, flow, metric = case(2, 3, 2, 5, 3, 1.5, mode, torch.float64)
+    flow = flow.floor() + 0.1 + 0.8 * torch.rand_like(flow)  # away from the kinks
+    told = [t for t in (x, flow, metric) if t is not None]
+    every = tuple(range(len(told)))
+
+    def formula(*told, plain=softsplat):
+        return plain(*told[:2], None if metric is None else told[2], mode).square().sum()
+
+    along = [torch.randn_like(t) * 1e-4 for t in told]
+    ends = [formula(*(t + s * d for t, d in zip(told, along, strict=True)), plain=loop) for s in (1, -1)]
+    gradients = torch.func.grad(formula, every)(*told)
+    change = sum((g * d).sum() for g, d in zip(gradients, along, strict=True))
+    for found in (change, torch.func.jvp(formula, tuple(told), tuple(along))[1]):
+        torch.testing.assert_close(found, (ends[0] - ends[1]) / 2, rtol=1e-5, atol=0)
+    several = [torch.stack([t, t * 0.5]) for t in told]
+    values, apart = torch.func.vmap(formula)(*several), torch.func.vmap(torch.func.grad(formula, every))(*several)
+    for i in range(2):
+        one = [t[i].clone().requires_grad_() for t in several]
+        torch.testing.assert_close(values[i], formula(*one, plain=loop))
+        for a, b in zip(apart, torch.autograd.grad(formula(*one), one), strict=True):
+            torch.testing.assert_close(a[i], b)
+    for k in every:  # one of them alone has a dimension more
+        of_one = torch.func.vmap(formula, tuple(0 if j == k else None for j in every))
+        mixed = [several[j] if j == k else told[j] for j in every]
+        torch.testing.assert_close(of_one(*mixed)[0], values[0])
+
+
+def test_what_cannot_be_transformed_is_refused():
+    x, flow, _ = case(1, 1, 2, 3, 5, 1.0, "sum")
+
+    def of_numba(x):
+        return softsplat(x, flow, backend="numba").sum()
+
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
+        with pytest.raises(ValueError, match="backend: 'numba' cannot run .* in a transform of torch.func"):
+            transform(of_numba)(x[None] if transform is torch.func.vmap else x)
+    with pytest.raises(NotImplementedError, match="jvp"), forward_ad.dual_level():  # torch's, not a missing derivative
+        softsplat(forward_ad.make_dual(x, x), flow)
+
+
+def test_a_forked_child_splats_too():
+    """After its parent has: the pool of threads that Numba started there would end the child."""
+    x, flow, metric = case(2, 3, 4, 9, 7, 2.0, "softmax")
+    expect = softsplat(x, flow, metric, backend="numba")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            inside = x.clone().requires_grad_()
+            softsplat(inside, flow, metric).sum().backward()
+            torch.testing.assert_close(softsplat(x, flow, metric), expect)
+            with pytest.raises(ValueError, match="backend: 'numba' cannot run in a forked process"):
+                softsplat(x, flow, metric, backend="numba")
+            code = 0 if inside.grad.isfinite().all() else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(softsplat(x, flow, metric, backend="auto"), expect)  # here it is numba still
+
+
+def add_one(numbers):
+    numbers += 1
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_numba_compiles_where_nothing_can_be_kept(monkeypatch):
+    """A read-only install of a user without a home; and a disk that fills while the machine code is written."""
+    nowhere = {"CacheImpl._locator_classes": []}
+    no_room = {"IndexDataCacheFile.load": lambda *_: None, "IndexDataCacheFile.save": full}
+    for setting in (nowhere, no_room):
+        with monkeypatch.context() as patch:
+            for name, value in setting.items():
+                patch.setattr(f"numba.core.caching.{name}", value)
+            assert len(splat.numba_kernels.__wrapped__()) == 4  # raised RuntimeError: no locator available
+            patch.setattr(splat, "_gather", add_one)
+            _, count, *_ = splat.numba_kernels.__wrapped__()
+            numbers = torch.zeros(3)
+            count(numbers)
+            assert numbers.tolist() == [1, 1, 1]  # once: what failed was to keep the code
 
 
 # --- The GPU's kernels, against the torch backend
