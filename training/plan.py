@@ -108,18 +108,19 @@ class Plan:
 
 
 def plan_step(stage: MotionDreamer, batch: Batch, bf16: bool, accumulate: int = 1) -> Plan:
-    """The forward and the backward passes of one step of a stage on the meta device."""
+    """The forward and the backward pass of the last batch of a step of a stage on the meta device."""
     weights, inputs = list(stage.parameters()), [batch.x0, batch.M, *vars(batch.condition).values()]
     with Alive("meta", weights + inputs) as alive, Autocast(bf16) as autocast:
-        for _ in range(min(accumulate, 2)):  # from the second batch on, gradients are there all the time
-            held = alive.now
-            loss = stage.loss(batch)["loss"].mean()
-            forward = alive.now - held
-            autocast.weights.clear()
-            # torch.autograd.backward would leave `Autocast`, but what is recomputed needs it: so its engine, directly.
-            engine = torch.autograd.Variable._execution_engine
-            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
-            del loss
+        for value in weights if accumulate > 1 else ():  # the gradients of the batches before are there all the time
+            value.grad = torch.empty_like(value) if value.requires_grad else None
+        held = alive.now
+        loss = stage.loss(batch)["loss"].mean()
+        forward = alive.now - held
+        autocast.weights.clear()
+        # torch.autograd.backward would leave `Autocast`, but what is recomputed needs it: so its engine, directly.
+        engine = torch.autograd.Variable._execution_engine
+        engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+        del loss
     stage.zero_grad()
     count, trained = (sum(w.numel() for w in weights if w.requires_grad or every) for every in (True, False))
     return Plan(4 * count, 4 * trained, 8 * trained, 4 * trained, forward, alive.most)
@@ -202,7 +203,7 @@ def table(stage: MotionDreamer, encoders: Sequence[nn.Module], arguments: argpar
     for stage.unet.gradient_checkpointing in (False, True):
         batch = batch_of_sizes(stage, arguments.batch)
         plans.append(plan_step(stage, batch, bf16, arguments.accumulate))
-        held = plan_step(stage, batch, bf16, accumulate=2)
+        held = plans[-1] if arguments.accumulate > 1 else plan_step(stage, batch, bf16, accumulate=2)
         several.append(each_of(arguments.dry_run, plans[-1], held, largest_blocks(stage), arguments.accumulate))
     frozen = 4 * sum(value.numel() for encoder in encoders for value in encoder.parameters())
     rows = {
