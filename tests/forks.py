@@ -1,13 +1,14 @@
-"""Training in other processes, forked from one that has everything loaded: a start costs no import.
+"""Training (or encoding) in other processes, forked from one that has everything loaded: a start costs no import.
 
     with Forks() as forks:
         forks.start([arguments of train.py] * 2)     # two processes that train together
         codes = forks.wait()
 
-With WATCH=DIR in their environment, they write weights and averages, whole, to DIR: before their first step and after
-every second one.
+With SCRIPT=clips.encode in their environment, the command lines are that script's. With WATCH=DIR, they write weights
+and averages, whole, to DIR: before their first step and after every second one.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -36,7 +37,8 @@ class Forks:
         return self
 
     def __exit__(self, *_):
-        self.server.stdin.close()
+        self.server.stdin.close()  # which a worker that reads clips may still hold open
+        self.server.terminate()
         self.server.wait()
 
     def start(self, commands, folder, places=None, **environment):
@@ -110,14 +112,16 @@ def child(environment, place, words, folder):
     train.PRESETS["tiny"] = tiny.TINY
     if "WATCH" in environment:
         watch(train, environment["WATCH"])
-    sys.argv = ["train.py", *words]
-    train.main()
+    script = environment.get("SCRIPT", "train")
+    sys.argv = [script, *words]
+    importlib.import_module(script).main()
 
 
 def serve():
     import tiny  # noqa: F401
     import torch._dynamo  # noqa: F401 (the optimiser wants it)
 
+    import clips.encode  # noqa: F401
     import train  # noqa: F401
 
     torch.set_num_threads(1)

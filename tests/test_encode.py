@@ -3,14 +3,13 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Forks
 from safetensors.numpy import load_file, save_file
 from test_train import command as train_command
 from tiny import TINY, UNET_CONFIG, moving_squares, tiny_stage, tiny_tower, tiny_vae
@@ -21,8 +20,13 @@ from motion_dreamer import STAGE1, STAGE2, SmallStageConfig
 from svd import UNet
 from training import cache
 
-ROOT = Path(__file__).parent.parent
 LATENTS = {"token", "flow", "segmentation", "segmentation.marked", "depth", "rgb"}
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with Forks() as started:
+        yield started
 
 
 @pytest.fixture
@@ -130,27 +134,25 @@ def test_stages_that_the_model_folder_has_say_what_is_encoded_in_which_cells(mon
         train_finds_them(monkeypatch, data, model.parent / "more", "--start", model, stage=stage)
 
 
-def test_two_processes_share_the_clips_and_one_says_so(data, model):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+def test_two_processes_share_the_clips_and_one_says_so(forks, data, model, tmp_path):
     for expected in ("3 clips encoded, 0 were there; ", "nothing was to do"):
-        words = ["clips.encode", data, "--model", model, "--preset", "tiny"]
-        done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(".cache") == 1 and expected in done.stdout
+        codes = forks.run([[data, "--model", model, "--preset", "tiny"]] * 2, tmp_path, SCRIPT="clips.encode")
+        assert codes == [0, 0], (forks.errors(0), forks.errors(1))
+        said = "".join((tmp_path / f"{rank}.out").read_text() for rank in range(2))
+        assert said.count(".cache") == 1 and expected in said
     assert names(data) == names(data, "1") == names(data, "2") == LATENTS
 
 
-def test_a_killed_run_loses_no_finished_clip(monkeypatch, capsys, data, model):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_killed_run_loses_no_finished_clip(monkeypatch, capsys, forks, data, model, tmp_path):
     for seed in range(3, 300):
         os.link(data / f"{seed % 3}.safetensors", data / f"{seed}.safetensors")
     words = [data, "--model", model, "--preset", "tiny"]
-    process = subprocess.Popen([sys.executable, "-m", "clips.encode", *map(str, words)], cwd=ROOT)
+    (pid,) = forks.start([words], tmp_path, SCRIPT="clips.encode")
     deadline = time.monotonic() + 100
     while len(times(data)) < 100 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait() == [-signal.SIGKILL]
     before = times(data)
     assert 100 <= len(before) < 300 * len(LATENTS)
     whole = [i for i in range(300) if len([path for path in before if path.name.startswith(f"{i}.")]) == len(LATENTS)]
