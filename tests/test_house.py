@@ -16,7 +16,7 @@ HEIGHTS = {  # of a module or package; it imports what is as high or lower
     "show": 3, "training": 3,
     "motion_dreamer": 2,
     "svd": 1, "clips": 1, "inputs": 1, "metrics": 1,
-    "instance_flow": 0, "kernels": 0, "splat": 0, "weights": 0,
+    "instance_flow": 0, "kernels": 0, "sources": 0, "splat": 0, "weights": 0,
 }  # fmt: skip
 CLOSED = {"clips", "inputs", "metrics"}  # of other packages, these import only what the package itself offers
 MOST_AT_THE_TOP = 9  # files

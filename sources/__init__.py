@@ -1,0 +1,1 @@
+"""Where weights come from: folders, files and the hub, their layouts, names and settings."""
