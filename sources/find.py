@@ -6,6 +6,7 @@ files = weights_in(folder, "diffusion_pytorch_model")
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,16 @@ def is_hub_id(source: Source) -> bool:
     if isinstance(source, os.PathLike) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII):
         return False
     return not (source.endswith(FILES) or os.path.exists(source) or os.path.exists(source.split("/")[0]))
+
+
+def expand_home(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Arguments of the command line, with ~ at the beginning of a path replaced: no shell does that in `--out=~/x`."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, str | Path):
+            setattr(arguments, name, type(value)(os.path.expanduser(value)))
+        elif isinstance(value, list):
+            setattr(arguments, name, [os.path.expanduser(item) if isinstance(item, str) else item for item in value])
+    return arguments
 
 
 def resolve_source(source: Source, subfolder: str | None = None) -> Path:

@@ -24,7 +24,10 @@ class Log:
 
     def write(self, record: dict[str, float]) -> None:
         """A step's figures by name; "step" is its number."""
-        self.lines.write(json.dumps(record) + "\n")
+        try:
+            self.lines.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk
+            raise OSError(f"{self.lines.name}: {error.strerror}") from None
         if self.events:
             for name in record.keys() - {"step"}:
                 self.events.add_scalar(name, record[name], record["step"])
