@@ -46,7 +46,7 @@ class Motion:
     def save(self, path: str | os.PathLike) -> None:
         """`motion.safetensors`: the file between the stages, for looking at and editing; a tensor for each field, by
         its name, in the shapes and units above. Raises ValueError for what `load` would not read."""
-        motion = self.to("cpu").checked(path)
+        motion = self.map(Tensor.cpu).checked(path)
         parts = {name: value.contiguous() for name, value in vars(motion).items() if value is not None}
         with whole_file(path) as partial:
             save_file(parts, partial)
@@ -69,9 +69,10 @@ class Motion:
         if missing := [name for name in needs if name not in parts]:
             raise ValueError(f"{path}: has no {', '.join(missing)}, which this model paints from")
         motion = cls(**{name: parts.get(name) for name in RANGES}).checked(path)
-        batch, count, height, width = extent(next(iter(parts.values())))
+        first = next(name for name in RANGES if name in parts)
+        batch, count, height, width = extent(parts[first])
         if size not in (None, (height, width)):
-            raise ValueError(f"{path}: {next(iter(parts))} is {width}x{height}, the image {size[1]}x{size[0]}")
+            raise ValueError(f"{path}: {first} is {width}x{height}, the image {size[1]}x{size[0]}")
         if needs and (batch != 1 or count < 2):
             raise ValueError(f"{path}: has {batch} videos of {count} frames, expected one, of 2 or more")
         if frames not in (None, count):
