@@ -1,6 +1,7 @@
 """Whatever a model folder or a motion.safetensors holds: it is read, or sample.py says in one line what is wrong with
 which file, and ends with 2. Nothing is ever asked of the hub for a path."""
 
+import filecmp
 import json
 import os
 import pickle
@@ -10,7 +11,6 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,10 +21,11 @@ import sample
 import train
 from motion_dreamer import STAGE1, STAGE2, Motion, MotionDreamer
 from sources.find import is_hub_id, weights_in
-from svd import VAE
+from svd import VAE, ImageEncoder
 
 WIDTH, HEIGHT, FRAMES = 24, 16, 3
 STEM = "diffusion_pytorch_model"
+PARTS = {"vae": VAE, "image_encoder": ImageEncoder, "stage1": MotionDreamer, "stage2": MotionDreamer}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,12 @@ def model(tmp_path_factory):
         tiny_stage(replace(config, **sizes), scale=0.02).save_pretrained(folder / name)
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "image.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    told = {"svd": None, "model": model, "offload": False, "device": "cpu", "precision": "fp32", "compile": False}
+    return sample.load_models(types.SimpleNamespace(**told, stage="both"))
 
 
 @pytest.fixture
@@ -53,9 +60,26 @@ def no_hub(monkeypatch):
     monkeypatch.setattr("sources.find.snapshot_download", asked)
 
 
+def only_what_changed(patch, model, loaded):
+    """Parts as they are in `model` are not built again: that takes most of the time."""
+    there = {"vae": loaded.vae, "image_encoder": loaded.tower, **loaded.stages}
+    for cls in set(PARTS.values()):
+
+        def opened(source, name=None, *rest, load=cls.from_pretrained, **settings):
+            here = Path(source) / (name or "")
+            if not here.is_dir() or name not in there:
+                return load(source, name, *rest, **settings)
+            differs = filecmp.dircmp(here, model / name)
+            changed = differs.left_only or differs.right_only or differs.diff_files
+            return load(source, name, *rest, **settings) if changed else there[name]
+
+        patch.setattr(cls, "from_pretrained", opened)
+
+
 @pytest.fixture
-def loads(monkeypatch, capsys, model):
+def loads(monkeypatch, capsys, model, loaded):
     """sample.py up to where it would compute -> None, or the line that says why it does not."""
+    only_what_changed(monkeypatch, model, loaded)
     monkeypatch.setattr(sample, "run_task", lambda *_: None)
     monkeypatch.setattr(sample, "check_output", lambda *_: None)
     return lambda *told: outcome(monkeypatch, capsys, model / "image.png", *told)
@@ -99,41 +123,46 @@ def move(folder, name, stem=STEM):
     (folder / f"{stem}.safetensors").rename(folder / name)
 
 
+INDEX = "{}.safetensors.index.json"
 LAYOUTS = {
-    "shards": lambda f: shard(f / "vae"),
-    "shards of transformers": lambda f: shard(f / "image_encoder", "model"),
-    "shards of a variant": lambda f: shard(f / "vae", ending=".fp16", index="{}.safetensors.index.fp16.json"),
-    "another order": lambda f: shard(
-        f / "stage1", name="{}.fp16-0000{}-of-00002{}.safetensors", index="{}.safetensors.index.fp16.json"
+    "shards": ("vae", shard),
+    "shards of transformers": ("image_encoder", lambda f: shard(f, "model")),
+    "shards of a variant": ("vae", lambda f: shard(f, ending=".fp16", index=INDEX.replace(".json", ".fp16.json"))),
+    "another order": (
+        "stage1",
+        lambda f: shard(f, name="{}.fp16-0000{}-of-00002{}.safetensors", index=INDEX.replace(".json", ".fp16.json")),
     ),
-    "shards of any name": lambda f: shard(f / "stage2", name="part{1}.safetensors"),
-    "fp16": lambda f: move(f / "vae", f"{STEM}.fp16.safetensors"),
-    "another variant": lambda f: move(f / "vae", f"{STEM}.non_ema.safetensors"),
-    "bf16 of transformers": lambda f: move(f / "image_encoder", "model.bf16.safetensors", "model"),
-    "the only file": lambda f: move(f / "stage1", "svd_motion.safetensors"),
-    "beside a pickle": lambda f: (f / "vae" / f"{STEM}.bin").write_bytes(b"\x80\x04"),
-    "beside another variant": lambda f: shutil.copy(
-        f / "stage1" / f"{STEM}.safetensors", f / "vae" / f"{STEM}.ema.safetensors"
+    "shards of any name": ("stage2", lambda f: shard(f, name="part{1}.safetensors")),
+    "fp16": ("vae", lambda f: move(f, f"{STEM}.fp16.safetensors")),
+    "another variant": ("vae", lambda f: move(f, f"{STEM}.non_ema.safetensors")),
+    "bf16 of transformers": ("image_encoder", lambda f: move(f, "model.bf16.safetensors", "model")),
+    "the only file": ("stage1", lambda f: move(f, "svd_motion.safetensors")),
+    "beside a pickle": ("vae", lambda f: (f / f"{STEM}.bin").write_bytes(b"\x80\x04")),
+    "beside a variant": (
+        "vae",
+        lambda f: shutil.copy(f / "../stage1" / f"{STEM}.safetensors", f / "m.ema.safetensors"),
     ),
-    "byte order mark": lambda f: (f / "vae/config.json").write_bytes(
-        b"\xef\xbb\xbf" + (f / "vae/config.json").read_bytes()
+    "byte order mark": (
+        "vae",
+        lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes()),
     ),
-    "compiled part": lambda f: rename(f / "stage1", lambda key: key.replace("unet.", "unet._orig_mod.")),
-    "compiled stage": lambda f: rename(f / "stage2", lambda key: f"_orig_mod.{key}"),
-    "DDP, compiled": lambda f: rename(f / "stage1", lambda key: f"module._orig_mod.{key}"),
-    "checkpointed blocks": lambda f: rename(
-        f / "stage2", lambda key: key.replace("resnets.0.", "resnets.0._checkpoint_wrapped_module.")
+    "compiled part": ("stage1", lambda f: rename(f, lambda key: key.replace("unet.", "unet._orig_mod."))),
+    "compiled stage": ("stage2", lambda f: rename(f, lambda key: f"_orig_mod.{key}")),
+    "DDP, compiled": ("vae", lambda f: rename(f, lambda key: f"module._orig_mod.{key}")),
+    "checkpointed blocks": (
+        "stage2",
+        lambda f: rename(f, lambda key: key.replace("resnets.0.", "resnets.0._checkpoint_wrapped_module.")),
     ),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_folders_of_other_tools_are_read(own, model, loads, layout):
-    LAYOUTS[layout](own)
+    part, change = LAYOUTS[layout]
+    change(own / part)
     assert loads("--model", own) is None
-    for name in ("stage1", "stage2"):
-        theirs, ours = (MotionDreamer.from_pretrained(folder, name).state_dict() for folder in (own, model))
-        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+    theirs, ours = (PARTS[part].from_pretrained(folder, part).state_dict() for folder in (own, model))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
 
 
 def write(name, content):
@@ -144,6 +173,11 @@ def without_weights(folder, *files):
     (folder / "vae" / f"{STEM}.safetensors").unlink()
     for name in files:
         (folder / "vae" / name).write_bytes(b"\x80\x02}q\x00.")
+
+
+def two_variants(folder):
+    move(folder / "vae", "a.safetensors")
+    shutil.copy(folder / "vae/a.safetensors", folder / "vae/b.safetensors")
 
 
 def lose_a_shard(folder):
@@ -167,7 +201,7 @@ def change_index(content):
 def twice(folder):
     path = folder / "stage1" / f"{STEM}.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {"_orig_mod.unet.conv_in.bias": tensors["unet.conv_in.bias"]}, path)
+    save_file(tensors | {"_orig_mod.unet.conv_in.bias": tensors["unet.conv_in.bias"] + 1}, path)
 
 
 def whole_numbers(folder):
@@ -188,8 +222,6 @@ def another_vae(folder):
 
 
 def another_tower(folder):
-    from svd import ImageEncoder
-
     torch.manual_seed(0)
     ImageEncoder(replace(tiny_tower().config, projection_dim=8)).save_pretrained(folder / "image_encoder")
 
@@ -215,14 +247,13 @@ REFUSED = {
     "no weights": (without_weights, f"{WEIGHTS}: no such file"),
     ".bin": (lambda f: without_weights(f, f"{STEM}.bin"), f"vae/{STEM}.bin: a pickle, which may run any code"),
     ".ckpt": (lambda f: without_weights(f, "vae.ckpt"), "vae/vae.ckpt: a pickle"),
-    "two variants": (lambda f: [move(f / "vae", "a.safetensors"), shutil.copy(f / "vae/a.safetensors", f / "vae/b.safetensors")],
-                     "vae: has a.safetensors, b.safetensors: which is meant?"),
+    "two variants": (two_variants, "vae: has a.safetensors, b.safetensors: which is meant?"),
     "a shard less": (lose_a_shard, f"vae/{STEM}-00002-of-00002.safetensors: no such file"),
     "no index": (lose_the_index, f"vae/{STEM}.safetensors.index.json: no such file"),
     "bad index": (change_index('{"weight_map": 3}'), f"vae/{STEM}.safetensors.index.json: "),
     "numbers in an index": (change_index('{"weight_map": {"a": 1}}'), "weight_map names no files"),
     "empty index": (change_index('{"weight_map": {}}'), "weight_map names no files"),
-    "index that leaves": (change_index('{"weight_map": {"a": "../stage1/x.safetensors"}}'), "weight_map names no files"),
+    "index that leaves": (change_index('{"weight_map": {"a": "../x.safetensors"}}'), "weight_map names no files"),
     "twice": (twice, "1 there twice (unet.conv_in.bias)"),
     "whole numbers": (whole_numbers, "1 not of real numbers (unet.conv_in.bias torch.int8)"),
     "stages swapped": (swap, "stage1 predicts rgb: it is the other stage"),
@@ -260,15 +291,24 @@ def test_the_files_name_comes_before_a_variants(tmp_path):
         (tmp_path / f"{name}.safetensors").unlink()
 
 
-@pytest.mark.parametrize("part", ["unet", "all"])
-def test_a_stage_saved_while_it_is_compiled_can_be_read(tmp_path, part):
+class Wrapped(torch.nn.Module):
+    """What torch.compile makes of a part, as far as its names go (test_compiled.py)."""
+
+    def __init__(self, part):
+        super().__init__()
+        self._orig_mod = part
+
+    def __getattr__(self, name):
+        modules = self.__dict__["_modules"]
+        return modules[name] if name in modules else getattr(modules["_orig_mod"], name)
+
+
+def test_a_stage_saved_while_parts_are_compiled_can_be_read(tmp_path):
     stage = tiny_stage(replace(STAGE1, vae_factor=2))
     expected = {name: value.clone() for name, value in stage.state_dict().items()}
-    if part == "unet":
-        stage.unet = torch.compile(stage.unet)
-    else:
-        stage.camera, stage.unet.mid_block = torch.compile(stage.camera), torch.compile(stage.unet.mid_block)
-    assert any("_orig_mod" in name for name in stage.state_dict())
+    stage.unet.mid_block, stage.camera = Wrapped(stage.unet.mid_block), Wrapped(stage.camera)
+    stage.unet = Wrapped(stage.unet)
+    assert any("unet._orig_mod.mid_block._orig_mod." in name for name in stage.state_dict())
     stage.save_pretrained(tmp_path)
     loaded = MotionDreamer.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
@@ -284,9 +324,9 @@ def test_settings_that_no_config_can_hold_are_not_written(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- paths and the hub
 
-PATHS = ["runs/more", "runs/more/", "./more", "../more", "more", "a/b/c", "/no/such", "~/more", "~nobody/more", ".hidden/x",
-         "..\\more", "runs\\more", "C:\\more", "C:/more", "new/svd_xt.safetensors", "svd_xt.safetensors", "new/svd.ckpt",
-         "", ".", "a b/c", "ä/b"]  # fmt: skip
+PATHS = ["runs/more", "./more", "../more", "more", "a/b/c", "/no/such", "~/more", "~nobody/more", ".hidden/x"]
+PATHS += ["..\\more", "runs\\more", "C:\\more", "C:/more", "new/svd_xt.safetensors", "svd_xt.safetensors"]
+PATHS += ["new/svd.ckpt", "a b/c", "\u00e4/b"]
 
 
 @pytest.mark.parametrize("flag", ["--model", "--svd"])
@@ -294,10 +334,11 @@ def test_a_path_is_never_sent_to_the_hub(loads, monkeypatch, tmp_path, flag):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "runs").mkdir()
+    assert "no such folder" in loads(flag, "runs/more/") and "no such folder" in loads(flag, ".")
     for path in PATHS + ["some/model"] * (flag == "--model"):  # --model is a folder, whatever it looks like
         line = loads(flag, path)
         assert "no such file" in line or "no such folder" in line, line
-        assert os.path.expanduser(path) in line
+        assert str(Path(os.path.expanduser(path))) in line
     assert loads("--svd", "svd_xt.safetensors") == "sample.py: svd_xt.safetensors: no such file"
 
 
@@ -352,35 +393,36 @@ numbers = st.integers(-2, 40) | st.sampled_from([1 << 16, 1 << 40, 10**400, 1e-9
 words = st.text(max_size=5) | st.sampled_from(["v", "x0", "none", "rgb", "flow", "depth", "true"])
 anything = numbers | words | st.booleans() | st.none() | st.lists(numbers | words, max_size=4)
 anything |= st.dictionaries(st.text(max_size=3), numbers, max_size=2)
-PARTS = ("vae", "image_encoder", "stage1", "stage2")
-FIELDS = {"vae": list(tiny_vae().config.to_dict()), "image_encoder": list(tiny_tower().config.to_dict())}
 
 
-@quick(60)
+def configs(models):
+    return [part.config for part in (models.vae, models.tower, *models.stages.values())]
+
+
+@quick(40)
 @hypothesis.given(data=st.data())
-def test_any_config(model, tmp_path_factory, data):
+def test_any_config(model, loaded, tmp_path_factory, data):
+    """Where a change of the settings is read, it also runs."""
     folder = tmp_path_factory.getbasetemp() / "any_config"
-    part = data.draw(st.sampled_from(PARTS))
-    for name in PARTS:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for file in (model / name).iterdir():
-            (folder / name / file.name).unlink(missing_ok=True)
-            (folder / name / file.name).symlink_to(file)
-    config = json.loads((model / part / "config.json").read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(model, folder)
+    part = data.draw(st.sampled_from(sorted(PARTS)))
+    config = json.loads((folder / part / "config.json").read_text())
     inner = data.draw(st.sampled_from([config, *(value for value in config.values() if isinstance(value, dict))]))
-    for key in data.draw(st.lists(st.sampled_from(sorted(inner)) | words, min_size=1, max_size=2)):
+    for key in data.draw(st.lists(st.sampled_from([*sorted(inner), "extra"]), min_size=1, max_size=2)):
         if data.draw(st.integers(0, 4)) == 0:
             inner.pop(key, None)
         else:
             inner[key] = data.draw(anything)
-    (folder / part / "config.json").unlink()
     (folder / part / "config.json").write_text(json.dumps(config))
+    run, usual = sample.run_task, configs(loaded)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "check_output", lambda *_: None)
         patch.setattr(sample, "write_all", lambda *_: None)
         patch.setattr(sample, "written_whole", lambda *_: None)
-        told = ["--model", folder, "--steps", 1, "--size", f"{WIDTH}x{HEIGHT}", "--frames", FRAMES]
-        ends_well(patch, model / "image.png", *told)
+        only_what_changed(patch, model, loaded)
+        patch.setattr(sample, "run_task", lambda a, models, task: configs(models) == usual or run(a, models, task))
+        ends_well(patch, model / "image.png", "--model", folder, "--steps", 1, "--size", "24x16", "--frames", FRAMES)
 
 
 def ends_well(patch, *told):
@@ -420,22 +462,17 @@ def test_any_bytes(model, tmp_path_factory, places, cut):
         assert str(error).startswith(str(folder)) and "\n" not in str(error)
 
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
-          torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.float8_e4m3fn]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def loaded(model):
-    """The networks, and what sample.py needs to paint a motion file with them."""
-    told = types.SimpleNamespace(svd=None, model=model, offload=False, device="cpu", precision="fp32", stage="2")
-    return sample.load_models(types.SimpleNamespace(**vars(told), compile=False))
+FINE = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32]
+FINE += [torch.int64, torch.uint16, torch.uint32, torch.uint64]
+DTYPES = [*FINE, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
 
 def paint(loaded, model, tensors, *told):
     """sample.py --stage 2 of a motion file with these tensors -> None, or its line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "check_output", lambda *_: None)
-        patch.setattr(sample, "load_models", lambda _: loaded)
+        stages = {"stage2": loaded.stages["stage2"]}
+        patch.setattr(sample, "load_models", lambda _: sample.Models(loaded.vae, loaded.tower, None, stages))
         patch.setattr(sample, "written_whole", lambda *_: None)
         patch.setattr(sample, "write_all", lambda folder, inputs, videos, motion, fps: motion.save(folder / "again"))
         (model / "out").mkdir(exist_ok=True)
@@ -451,7 +488,7 @@ def motion_of(**changes):
     return {"flow": torch.zeros(1, FRAMES, 2, HEIGHT, WIDTH), "segmentation": maps.long(), "depth": maps} | changes
 
 
-@pytest.mark.parametrize("kind", DTYPES[:12], ids=str)
+@pytest.mark.parametrize("kind", FINE, ids=str)
 def test_ids_and_numbers_of_any_type_are_fine(loaded, model, kind):
     maps = (torch.arange(WIDTH) // 9).expand(1, FRAMES, HEIGHT, WIDTH)  # ids 0, 1, 2
     edited = {"segmentation": maps.to(kind), "depth": (maps + 1).to(kind), "flow": motion_of()["flow"].to(kind)}
@@ -477,7 +514,7 @@ EDITS = {
     "depth -1": (holding("depth", -1, torch.int16), "depth holds -1, expected a distance above 0"),
     "depth NaN": (holding("depth", float("nan"), torch.float16), "depth holds nan"),
     "depth inf": (holding("depth", float("inf")), "depth holds inf"),
-    "no inverse": (holding("depth", 1e-40), "depth holds 1e-40"),
+    "no inverse": (holding("depth", 2.0**-140), "depth holds 7.17465e-43"),
     "flow NaN": (holding("flow", float("nan")), "flow holds nan"),
     "flow inf": (holding("flow", -float("inf")), "flow holds -inf"),
     "unknown flow": (holding("flow", 1.666666752e9), "flow holds 1.66667e+09"),
@@ -485,7 +522,7 @@ EDITS = {
     "yes and no": (motion_of(segmentation=torch.ones(1, FRAMES, HEIGHT, WIDTH, dtype=torch.bool)), "is of torch.bool"),
     "three channels": (motion_of(flow=torch.zeros(1, FRAMES, 3, HEIGHT, WIDTH)), "flow has shape [1, 3, 3, 16, 24]"),
     "channels last": (motion_of(flow=torch.zeros(1, FRAMES, HEIGHT, WIDTH, 2)), "flow has shape [1, 3, 16, 24, 2]"),
-    "no batch": (motion_of(depth=torch.ones(FRAMES, HEIGHT, WIDTH)), "depth has shape [3, 16, 24], expected [B, T, H, W]"),
+    "no batch": (motion_of(depth=torch.ones(FRAMES, HEIGHT, WIDTH)), "depth has shape [3, 16, 24], expected"),
     "two videos": ({name: torch.cat([value] * 2) for name, value in motion_of().items()}, "has 2 videos of 3 frames"),
     "one frame": ({name: value[:, :1] for name, value in motion_of().items()}, "has 1 videos of 1 frames"),
     "no frame": ({name: value[:, :0] for name, value in motion_of().items()}, "flow has shape [1, 0, 2, 16, 24]"),
@@ -514,7 +551,7 @@ sides = st.sampled_from([0, 1, 2, 3, HEIGHT, WIDTH]) | st.integers(0, 5)
 values = st.sampled_from([0, 1, 2, 255, 256, -1, 0.5, 1e-39, 1e38, 1e9, float("nan"), float("inf")])
 
 
-@quick(80)
+@quick(50)
 @hypothesis.given(data=st.data())
 def test_any_motion_file(loaded, model, data):
     tensors = motion_of()
@@ -534,12 +571,3 @@ def test_any_motion_file(loaded, model, data):
             filled.flatten()[data.draw(st.integers(0, value.numel() - 1)) :] = data.draw(values)
             tensors[name] = filled.to(kind)
     paint(loaded, model, tensors)
-
-
-def test_the_demo_is_read(monkeypatch):
-    """What is shipped passes all of the above."""
-    monkeypatch.setattr(sys, "argv", ["sample.py"])
-    models = sample.load_models(
-        types.SimpleNamespace(**vars(sample.parse_arguments()) | {"device": "cpu", "precision": "fp32"})
-    )
-    assert list(models.stages) == ["stage1", "stage2"] and np.isfinite(models.vae.scaling_factor)
