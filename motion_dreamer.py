@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import clips
 from clips import Motion, render, unrender
 from instance_flow import MASK_UNITS, REDUCTIONS, sparse_points
-from sources.read import read_stage
+from sources import read_stage
 from splat import softsplat
 from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video, gaussian, karras_sigmas
 from weights import Source, open_folder, save_folder

@@ -39,8 +39,7 @@ from clips import Motion, render
 from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_stay
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
-from sources.find import expand_home
-from sources.parts import check_parts
+from sources import check_parts, expand_home
 from svd import VAE, ImageEncoder, TakeTurns, UNet, image_to_video
 from training.compiled import compile_forward
 from training.processes import peak_memory

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.group_norm import group_norm as group_norm_gpu
 from kernels.group_norm import usable
-from sources.read import read_fields
+from sources import read_fields
 from weights import Device, from_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- configurations

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import metrics
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import ABLATIONS, stage_class
-from sources.find import expand_home
+from sources import expand_home
 from training.cache import CachedClips, TrainingClips
 from training.checkpoint import seed_of
 from training.held import free_memory, held_batches, hold

@@ -21,9 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sources.find import Source, resolve_source, weights_in
-from sources.read import open_safetensors, read_config
-from sources.single_file import OTHER_PARTS, as_ours, single_file_table
+from sources import (
+    OTHER_PARTS,
+    Source,
+    as_ours,
+    open_safetensors,
+    read_config,
+    resolve_source,
+    single_file_table,
+    weights_in,
+)
 
 Device = str | torch.device | None
 

@@ -20,7 +20,7 @@ from clips.pictures import (
     picture_to_segmentation,
     segmentation_to_picture,
 )
-from sources.read import open_safetensors
+from sources import open_safetensors
 from weights import whole_file
 
 

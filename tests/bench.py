@@ -22,8 +22,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-import torch
-from measure import (
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import kernels.threads  # noqa: E402, F401 (before torch)
+
+import torch  # noqa: E402
+from measure import (  # noqa: E402
     GB,
     ROOT,
     SMALL_UNET,
@@ -41,9 +45,9 @@ from measure import (
     unets,
 )
 
-from clips.simulate import SCENARIOS, simulate
-from splat import softsplat
-from svd import UNet, UNetConfig
+from clips.simulate import SCENARIOS, simulate  # noqa: E402
+from splat import softsplat  # noqa: E402
+from svd import UNet, UNetConfig  # noqa: E402
 
 
 def row(what: str, ours: float, against: float | None, unit: str, budget: str) -> None:

@@ -772,6 +772,9 @@ def test_single_file_must_hold_every_tensor_and_no_unknown_one(tmp_path):
             CLASSES[name].from_pretrained(path, config=SMALL[name])
         assert str(caught.value).startswith(f"{path}: does not fit the model: ") and "\n" not in str(caught.value)
         assert all(words in str(caught.value) for words in told[name]), caught.value
+    left = ["model_ema.decay", "model_ema.diffusion_modeltime_embed0weight", "denoiser.sigmas", "loss_fn.sigmas"]
+    single_file(path, **{name: torch.zeros(1) for name in [*left, "first_stage_model.loss.logvar"]})  # of a training
+    assert all(CLASSES[name].from_pretrained(path, config=SMALL[name]) for name in CLASSES)
     single_file(path)
     with pytest.raises(ValueError, match="misshapen"):  # without a config: not of SVD's size
         ImageEncoder.from_pretrained(path)

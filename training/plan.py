@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from clips import ClipDataset
 from motion_dreamer import Batch, Condition, MotionDreamer, StageConfig, build
-from sources.read import read_config
+from sources import read_config
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
 from training.learner import BLOCKS
 from training.presets import PRESETS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clips import ClipDataset
 from motion_dreamer import ABLATIONS, ONE_STAGE, MotionDreamer, SmallStageConfig, StageConfig, stage_class
-from sources.read import read_stage
+from sources import read_stage
 from svd import VAE, ImageEncoder
 from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
