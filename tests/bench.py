@@ -106,6 +106,14 @@ def bench_sample(bench: Bench) -> None:
     told = [sys.executable, "sample.py", "--out", str(bench.work / "out")]
     seconds = clock(lambda: subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, check=True))
     row("python sample.py (demo) on the CPU", seconds, 20, "s", "1")
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        seconds = clock(lambda: subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, check=True))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    row("the same, two busy processes beside it", seconds, 60, "s", "1")
 
 
 def bench_simulate(bench: Bench) -> None:
