@@ -103,6 +103,7 @@ def bench_load(bench: Bench) -> None:
 
 def bench_sample(bench: Bench) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads), "CUDA_VISIBLE_DEVICES": ""}
+    del environment["OMP_WAIT_POLICY"]  # which sample.py sets by itself
     told = [sys.executable, "sample.py", "--out", str(bench.work / "out")]
     seconds = clock(lambda: subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, check=True))
     row("python sample.py (demo) on the CPU", seconds, 20, "s", "1")
