@@ -357,6 +357,16 @@ def test_train_sends_no_path_to_the_hub(loads, monkeypatch, capsys, tmp_path, st
     assert not (tmp_path / "out").exists()
 
 
+def test_nor_does_it_where_out_has_the_encoders(own, monkeypatch, capsys):
+    """Then --start is asked for the stage alone."""
+    clips_in(own, 1)
+    told = ["--stage", "1", "--start", "some/model", "--data", own, "--out", own, "--steps", 1, "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, told)])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert capsys.readouterr().err == "train.py: some/model: no such folder\n"
+
+
 def test_only_owner_and_name_may_be_the_hubs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert is_hub_id("stabilityai/stable-video-diffusion-img2vid") and is_hub_id("runs/more")
