@@ -95,6 +95,7 @@ def _is_a(kind: str, item: Any, name: str) -> bool:  # noqa: ANN401
 
 
 MOTION = {"flow", "segmentation", "depth"}
+GONE = {"still_ratio"}  # of how a stage was trained: scenes at rest come from the simulator
 OF_A_STAGE = {"predict": MOTION, "given": MOTION, "first_frame": {"rgb", "segmentation", "depth"}}
 
 
@@ -111,6 +112,7 @@ def read_stage(said: dict[str, Any], kind: type, small: type) -> Any:  # noqa: A
         said |= {"latent_channels": said["latent_channels"] * patch**2, "vae_factor": said["vae_factor"] * patch}
     names = {field.name for field in fields(kind)}
     extras = {field.name: field.default for field in fields(small) if field.name not in names}
+    said = {key: value for key, value in said.items() if key not in GONE - extras.keys()}
     for key in said.keys() - names - extras.keys():
         raise ValueError(f"{key} is {said[key]!r:.60}; there is no such setting here")
     if said.keys() & extras.keys():

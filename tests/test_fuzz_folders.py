@@ -357,6 +357,15 @@ def test_train_sends_no_path_to_the_hub(loads, monkeypatch, capsys, tmp_path, st
     assert not (tmp_path / "out").exists()
 
 
+def test_encode_sends_no_path_to_the_hub(monkeypatch, capsys, tmp_path):
+    from clips import encode
+
+    monkeypatch.setattr(sys, "argv", ["encode", str(clips_in(tmp_path, 1)), "--model", "some/model"])
+    with pytest.raises(SystemExit):
+        encode.main()
+    assert capsys.readouterr().err == "clips.encode: some/model: no such folder\n"
+
+
 def test_nor_does_it_where_out_has_the_encoders(own, monkeypatch, capsys):
     """Then --start is asked for the stage alone."""
     clips_in(own, 1)
