@@ -64,7 +64,7 @@ def read_config(path: Path, build: Callable[[dict[str, Any]], Any]) -> Any:  # n
 
 
 LARGEST, MOST_LAYERS, MOST_LEVELS = 1 << 16, 1 << 8, 16  # of what a network may have; SVD's: 5120, 32 and 4
-KINDS = {"int": f"1 to {LARGEST}", "float": "a number", "bool": "true or false", "str": "a word"}
+KINDS = {"float": "a number", "bool": "true or false", "str": "a word"}
 
 
 def read_fields(cls: type, said: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,8 @@ def read_fields(cls: type, said: dict[str, Any]) -> dict[str, Any]:
         items = value if isinstance(value, list | tuple) else [value]
         fits = isinstance(value, list | tuple) == several and len(items) <= MOST_LEVELS
         if value is not None and not (fits and all(_is_a(kind, item, field.name) for item in items)):
-            raise ValueError(f"{field.name} is {value!r:.60}, expected {'a list, each ' * several}{KINDS[kind]}")
+            expected = "a list, each " * several + KINDS.get(kind, f"1 to {_most(field.name)}")
+            raise ValueError(f"{field.name} is {value!r:.60}, expected {expected}")
         values[field.name] = tuple(items) if several else value
     return values
 
@@ -91,7 +92,11 @@ def _is_a(kind: str, item: Any, name: str) -> bool:  # noqa: ANN401
         return False
     if kind == "float":
         return abs(item) < 1e9  # not of NaN
-    return isinstance(item, int) and 1 <= item <= (MOST_LAYERS if "layers" in name else LARGEST)
+    return isinstance(item, int) and 1 <= item <= _most(name)
+
+
+def _most(name: str) -> int:
+    return MOST_LAYERS if "layers" in name else LARGEST
 
 
 MOTION = {"flow", "segmentation", "depth"}

@@ -226,6 +226,22 @@ def another_tower(folder):
     ImageEncoder(replace(tiny_tower().config, projection_dim=8)).save_pretrained(folder / "image_encoder")
 
 
+def setting(value, part, *names):
+    """Another value in a config.json; "gone": none."""
+
+    def change(folder):
+        path = folder / part / "config.json"
+        config = inner = json.loads(path.read_text())
+        for name in names[:-1]:
+            inner = inner[name]
+        inner[names[-1]] = value
+        if value == "gone":
+            del inner[names[-1]]
+        path.write_text(json.dumps(config))
+
+    return change
+
+
 def less_motion(folder):
     sizes = {"vae_factor": 2, "frames": FRAMES, "width": WIDTH, "height": HEIGHT}
     tiny_stage(replace(STAGE1, predict=("flow", "segmentation"), **sizes)).save_pretrained(folder / "stage1")
@@ -256,6 +272,16 @@ REFUSED = {
     "index that leaves": (change_index('{"weight_map": {"a": "../x.safetensors"}}'), "weight_map names no files"),
     "twice": (twice, "1 there twice (unet.conv_in.bias)"),
     "whole numbers": (whole_numbers, "1 not of real numbers (unet.conv_in.bias torch.int8)"),
+    "true as a number": (setting(True, "vae", "layers_per_block"), "config.json: layers_per_block is True, expected 1"),
+    "no layer": (setting(0, "image_encoder", "num_hidden_layers"), "num_hidden_layers is 0, expected 1"),
+    "endless layers": (setting(10**9, "vae", "layers_per_block"), "layers_per_block is 1000000000, expected 1 to 256"),
+    "NaN": (setting(float("nan"), "vae", "scaling_factor"), "scaling_factor is nan, expected a number"),
+    "a word": (setting("2", "stage1", "unet", "layers_per_block"), "layers_per_block is '2', expected 1"),
+    "a field less": (setting("gone", "stage1", "stage", "vae_factor"), "stage1/config.json: vae_factor is missing"),
+    "a section less": (setting("gone", "stage1", "unet"), "stage1/config.json: 'unet' is missing"),
+    "a field more": (setting(1, "stage2", "stage", "magic"), "magic is 1; there is no such setting here"),
+    "unknown modality": (setting(["sound"], "stage1", "stage", "predict"), "predict is ['sound'], expected some of"),
+    "odd factor": (setting(3, "stage1", "stage", "vae_factor"), "vae_factor a power of 2"),
     "stages swapped": (swap, "stage1 predicts rgb: it is the other stage"),
     "another VAE": (another_vae, "stage1 was trained with another VAE than that in vae/"),
     "another tower": (another_tower, "image_encoder/ makes a token of 8 numbers, the UNet takes 16"),
@@ -310,6 +336,7 @@ def test_a_stage_saved_while_parts_are_compiled_can_be_read(tmp_path):
     stage.unet = Wrapped(stage.unet)
     assert any("unet._orig_mod.mid_block._orig_mod." in name for name in stage.state_dict())
     stage.save_pretrained(tmp_path)
+    assert load_file(tmp_path / f"{STEM}.safetensors").keys() == expected.keys()  # as every other tool knows them
     loaded = MotionDreamer.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
 
