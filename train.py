@@ -368,8 +368,9 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
-    except SystemExit:
-        pass  # another process has said it
+    except SystemExit as stop:  # another process has said it, or argparse, or it is no error: --help
+        if not stop.code:
+            raise
     except RuntimeError as error:
         if not lost_another(error):
             raise
