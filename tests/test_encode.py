@@ -168,7 +168,7 @@ def test_what_cannot_be_encoded_once_is_refused_in_one_line(monkeypatch, capsys,
     assert line == f"{tmp_path}/none: no such folder"
     (model / "stage1").mkdir()
     (model / "stage1" / "config.json").write_text("{}")
-    assert refused(monkeypatch, capsys, data, *told) == f"{model}/stage1/config.json: 'stage'"
+    assert refused(monkeypatch, capsys, data, *told) == f"{model}/stage1/config.json: 'stage' is missing"
     (model / "stage1" / "config.json").unlink()
     moving_squares(0, width=26).save(tmp_path / "wide" / "0.safetensors")
     line = refused(monkeypatch, capsys, tmp_path / "wide", *told)

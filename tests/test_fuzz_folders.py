@@ -36,7 +36,7 @@ def model(tmp_path_factory):
     tiny_tower().save_pretrained(folder / "image_encoder")
     for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
         tiny_stage(replace(config, **sizes), scale=0.02).save_pretrained(folder / name)
-    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "image.png")
+    Image.new("RGB", (WIDTH, HEIGHT), "gray").save(folder / "image.png")
     return folder
 
 

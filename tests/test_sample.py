@@ -707,7 +707,12 @@ def test_samples_and_arrows_files_have_folders_of_their_own(given, monkeypatch, 
     found = {str(path.parent.relative_to(out)) for path in out.rglob("motion.safetensors")}
     assert found == {"arrows/sample_0", "arrows/sample_1", "still/sample_0", "still/sample_1"}
     titles = re.findall(r"([^\r\n]+), stage 1: motion: 100%", capsys.readouterr().err)  # of the bars
-    assert titles == ["1/4 arrows/sample_0", "2/4 arrows/sample_1", "3/4 still/sample_0", "4/4 still/sample_1"]
+    assert list(dict.fromkeys(titles)) == [
+        "1/4 arrows/sample_0",
+        "2/4 arrows/sample_1",
+        "3/4 still/sample_0",
+        "4/4 still/sample_1",
+    ]
     records = {name: json.loads((out / name / "run.json").read_text()) for name in found}
     assert records["still/sample_1"]["seed"] == 6 and records["still/sample_1"]["arrows_used"]["arrows"] == []
     assert iio.immeta(out / "still" / "sample_0" / "flow.mp4", plugin="FFMPEG")["fps"] == pytest.approx(4)
