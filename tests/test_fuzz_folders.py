@@ -445,7 +445,7 @@ def configs(models):
     return [part.config for part in (models.vae, models.tower, *models.stages.values())]
 
 
-@quick(40)
+@quick(30)
 @hypothesis.given(data=st.data())
 def test_any_config(model, loaded, tmp_path_factory, data):
     """Where a change of the settings is read, it also runs."""
