@@ -21,6 +21,8 @@ The measures themselves are in metrics/, what trains the rows of a table is in t
 
 from __future__ import annotations
 
+import kernels.threads  # noqa: F401 (before torch)
+
 import argparse
 import hashlib
 import json
@@ -30,7 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -88,8 +90,7 @@ class Model:
 
     def identity(self, *parts: str) -> list[str]:
         """Fingerprint of the weights of these parts, and their configurations; of all, if none is named."""
-        named = [getattr(self, name) for name in parts or vars(self)]
-        named = [part for part in named if part is not None]
+        named = [part for name in parts or vars(self) if (part := getattr(self, name)) is not None]
         return [fingerprint(*named), *(str(part.config) for part in named)]
 
 
@@ -118,6 +119,7 @@ class Sampler:
     cache: Path
     settings: dict  # sampling_steps, guidance, seed, batch, marked
     videos: tuple[str, ...] = ("rgb", "rgb_own")  # of these kinds; the first is only asked by the demo's figures
+    quiet: bool = True  # no bars of sampling steps
 
     @cached_property
     def makers(self) -> dict[str, list[str]]:
@@ -158,6 +160,7 @@ class Sampler:
             "frames": rgb.shape[1], "steps": self.settings["sampling_steps"],
             "guidance": tuple(self.settings["guidance"]),
             "fps": stacked(scenes, "arrow", "fps"), "camera": stacked(scenes, "arrow", "camera"), "mask": mask,
+            "progress": partial(tqdm, desc=kind, leave=False, disable=self.quiet),
             # Every batch has noise of its own, the same for every kind of push: pairs differ by the arrow alone.
             "generator": torch.Generator().manual_seed(seed_of(*noise)),
         }  # fmt: skip
@@ -345,7 +348,7 @@ def sampler_of(arguments: argparse.Namespace, model: Model) -> Sampler:
     cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
     names = ("sampling_steps", "guidance", "seed", "batch", "marked")
     videos = ("rgb", "rgb_own") if "demo" in arguments.metrics else ("rgb_own",)
-    return Sampler(model, cache, {name: getattr(arguments, name) for name in names}, videos)
+    return Sampler(model, cache, {name: getattr(arguments, name) for name in names}, videos, arguments.quiet)
 
 
 def features_of(arguments: argparse.Namespace, device: str) -> Features:

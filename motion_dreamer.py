@@ -39,9 +39,10 @@ import clips
 from clips import Motion, render, unrender
 from clips.tensors import check_batch, check_condition, check_dream
 from instance_flow import MASK_UNITS, REDUCTIONS, check_floats, sparse_points
+from sources import read_stage
 from splat import softsplat
 from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video, gaussian, karras_sigmas
-from weights import Source, open_folder, read_stage, save_folder
+from weights import Source, open_folder, save_folder
 
 Maps = dict[str, Tensor]  # by modality: "rgb", "flow", "segmentation", "depth"
 WEIGHTS = "diffusion_pytorch_model"
@@ -535,6 +536,5 @@ def stage_class(config: StageConfig) -> type[MotionDreamer]:
 
 def build(config: dict) -> MotionDreamer:
     """A stage of the shape that a config.json says."""
-    stage = read_stage(config["stage"])
-    stage = (SmallStageConfig if stage.keys() - vars(STAGE1).keys() else StageConfig)(**stage)
+    stage = read_stage(config["stage"], StageConfig, SmallStageConfig)
     return stage_class(stage)(stage, UNetConfig.from_dict(config["unet"]))

@@ -18,6 +18,8 @@ computed.
 
 from __future__ import annotations
 
+import kernels.threads  # noqa: F401 (before torch)
+
 import argparse
 import json
 import math
@@ -37,6 +39,7 @@ from clips import Motion, render
 from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_stay
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
+from sources import check_parts, expand_home
 from svd import VAE, ImageEncoder, TakeTurns, UNet, image_to_video
 from training.compiled import compile_forward
 from training.processes import peak_memory
@@ -51,29 +54,20 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("image", nargs="?", help="a picture of any size (default: the demo's example)")
     option("arrows", nargs="*", help="arrows.json, or several: each gets a folder (default: nothing is told of motion)")
-    option("--model", default=str(DEMO), metavar="DIR", help="model folder (default: demo/)")
+    option("--model", type=Path, default=DEMO, metavar="DIR", help="model folder (default: demo/)")
     option("--svd", metavar="WEIGHTS", help="plain Stable Video Diffusion: hub id, folder or svd.safetensors")
     option("--out", default="out", metavar="DIR", help="folder that the files go to (default %(default)s)")
     option("--size", metavar="WxH", help="default: what the model was trained on; with --svd about the image's")
     option("--segmentation", metavar="PNG", help="ids of the image's objects (default: what arrows.json says)")
-    option(
-        "--segment",
-        choices=("auto", "sam", "none"),
-        default="auto",
-        help="the object of an arrow that names none, without a segmentation: SAM 2 at its tail; auto: SAM 2 where "
-        "transformers and the weights are here already, else the region of similar colour; none: an error "
-        "(default %(default)s)",
-    )
+    here = "where transformers and the weights are here already, else"
+    finds = "the object of an arrow that names none, without a segmentation: SAM 2 at its tail; auto: SAM 2"
+    finds += f" {here} the region of similar colour; none: an error (default %(default)s)"
+    option("--segment", choices=("auto", "sam", "none"), default="auto", help=finds)
     sam, depth_model = "facebook/sam2.1-hiera-tiny", "depth-anything/Depth-Anything-V2-Small-hf"
     option("--segment-model", default=sam, metavar="REPO_OR_DIR", help="SAM 2's weights (default %(default)s)")
-    option(
-        "--depth",
-        default="auto",
-        metavar="FILE|auto|estimate|none",
-        help="a picture of 8 or 16 bit or .npy, any unit, larger = farther; estimate: by Depth-Anything; auto: what "
-        "arrows.json names, else an estimate where transformers and the weights are here already, else none "
-        "(default %(default)s)",
-    )
+    far = "a picture of 8 or 16 bit or .npy, any unit, larger = farther; estimate: by Depth-Anything; auto: what"
+    far += f" arrows.json names, else an estimate {here} none (default %(default)s)"
+    option("--depth", default="auto", metavar="FILE|auto|estimate|none", help=far)
     option("--depth-model", default=depth_model, metavar="REPO_OR_DIR", help="its weights (default %(default)s)")
     option("--stage", choices=("1", "2", "both"), default="both", help="motion, video or both (default %(default)s)")
     option("--seed", type=int, default=0, help="of the noise (default %(default)s)")
@@ -90,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--precision", choices=tuple(DTYPES), help=usual)
     option("--offload", action="store_true", help="networks take turns: less memory, more time (default %(default)s)")
     option("--compile", action="store_true", help="compile the denoiser, which takes minutes (default %(default)s)")
-    arguments = parser.parse_args()
+    arguments = expand_home(parser.parse_args())
     check_arguments(arguments)
     return arguments
 
@@ -140,6 +134,7 @@ class Task:
     canvas: Canvas
     out: Path
     seed: int
+    title: str = ""  # of its progress bars, where there are several tasks
 
 
 def load_models(arguments: argparse.Namespace) -> Models:
@@ -154,6 +149,7 @@ def load_models(arguments: argparse.Namespace) -> Models:
         vae.decoder.half()
     tower = ImageEncoder.from_pretrained(source, "image_encoder", **kept).eval()
     unet = UNet.from_pretrained(source, "unet", **kept).eval() if arguments.svd else None
+    check_parts(source, vae, tower, stages, unet)
     networks = [unet] if unet else list(stages.values())
     for network in networks * arguments.compile:
         compile_forward(getattr(network, "unet", network))
@@ -208,23 +204,9 @@ def plan(arguments: argparse.Namespace, models: Models, given: dict[Path, Inputs
         for i in range(arguments.samples):
             out = folder / f"sample_{i}" if arguments.samples > 1 else folder
             tasks.append(Task(fitted, canvas, out, arguments.seed + i))
+    for number, task in enumerate(tasks * (len(tasks) > 1), 1):
+        task.title = f"{number}/{len(tasks)} {task.out.relative_to(arguments.out)}, "
     return tasks
-
-
-def check_motion(path: Path, motion: Motion, stage: MotionDreamer, size: tuple[int, int], frames: int | None) -> int:
-    """Whether Stage II can paint a motion file -> its number of frames. Raises ValueError that names the file."""
-    missing = [name for name in stage.config.given if getattr(motion, name) is None]
-    if missing:
-        raise ValueError(f"{path}: has no {', '.join(missing)}, which this model paints from")
-    for name in stage.config.given:
-        value = getattr(motion, name)
-        if value.shape[-2:] != size:
-            raise ValueError(f"{path}: {name} is {value.shape[-1]}x{value.shape[-2]}, the image {size[1]}x{size[0]}")
-    counts = {getattr(motion, name).shape[1] for name in stage.config.given}
-    if len(counts) > 1 or frames not in (None, *counts):
-        told = "" if frames is None else f", --frames says {frames}"
-        raise ValueError(f"{path}: has {' and '.join(map(str, sorted(counts)))} frames{told}")
-    return counts.pop()
 
 
 def pictures_of(motion: Motion, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -284,8 +266,8 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task) -> tup
     config = next(iter(stages.values())).config
     frames, fps = arguments.frames or config.frames, arguments.fps or config.fps
     if arguments.stage == "2" and config.given:
-        motion = Motion.load(path).to(arguments.device)
-        frames = check_motion(path, motion, stages["stage2"], canvas.inner, arguments.frames)
+        motion = Motion.load(path, config.given, canvas.inner, arguments.frames).to(arguments.device)
+        frames = getattr(motion, config.given[0]).shape[1]
     told, video = task.inputs.told(frames, canvas, arguments.device), None
     settings = {
         "frames": frames,
@@ -297,10 +279,11 @@ def run_stages(arguments: argparse.Namespace, models: Models, task: Task) -> tup
     } | told
     codecs = models.vae, models.tower
     if "stage1" in stages:
-        motion, _ = dream(stages["stage1"], None, *codecs, **settings, progress=partial(tqdm, desc="stage 1: motion"))
+        settings["progress"] = partial(tqdm, desc=f"{task.title}stage 1: motion")
+        motion, _ = dream(stages["stage1"], None, *codecs, **settings)
         motion = motion.map(canvas.crop)
     if "stage2" in stages:
-        settings |= {"motion": motion.map(canvas.pad), "progress": partial(tqdm, desc="stage 2: video")}
+        settings |= {"motion": motion.map(canvas.pad), "progress": partial(tqdm, desc=f"{task.title}stage 2: video")}
         settings["generator"] = torch.Generator().manual_seed(task.seed + 1)  # the same whether it runs alone or not
         _, video = dream(None, stages["stage2"], *codecs, **settings)
     videos = pictures_of(motion.to("cpu"), task.inputs)  # where the user's own maps are
@@ -312,6 +295,7 @@ def run_task(arguments: argparse.Namespace, models: Models, task: Task) -> None:
     videos, motion, fps = (run_svd if arguments.svd else run_stages)(arguments, models, task)
     write_all(task.out, task.inputs, videos, motion, fps)
     record = vars(arguments) | {
+        "model": str(arguments.model),
         "arrows": task.inputs.given.name if arguments.arrows else None,
         "out": str(task.out),
         "seed": task.seed,
@@ -346,11 +330,14 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     try:
         run(parse_arguments())
-    except torch.OutOfMemoryError as error:
-        print(f"sample.py: {error}: try --offload, fewer --frames or a smaller --size", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # as torch says it of a CPU
+            raise
+        line = (str(error).splitlines() or ["out of memory"])[0]
+        print(f"sample.py: {line}: try --offload, fewer --frames or a smaller --size", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+        print(f"sample.py: {str(error).splitlines()[0]}", file=sys.stderr)  # what ffmpeg says has more
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

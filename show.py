@@ -119,11 +119,14 @@ LONGEST_PAUSE = 655350  # milliseconds that a frame of a GIF may last
 
 
 def written_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` make a file of another name and gives it the right one only when it is complete."""
+    """Lets `write` make a file of another name and gives it the right one only when it is complete. Raises OSError of
+    one line that names the path: a full disk, say."""
     partial = path.with_name(f"partial-{path.name}")
     try:
         write(partial)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path}: {str(error).splitlines()[0]}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -132,7 +135,26 @@ def write_video(path: Path, pictures: np.ndarray, fps: float) -> None:
     """uint8 [T, H, W, 3] -> mp4 (H.264, yuv420p, which every player opens); an odd size gets one more row or column."""
     pictures = np.pad(pictures, ((0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)), mode="edge")
     options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": 9, "macro_block_size": 1}
-    written_whole(path, lambda partial: iio.imwrite(partial, pictures, plugin="FFMPEG", fps=fps, **options))
+    options["ffmpeg_log_level"] = "quiet"  # an error is told in one line
+
+    def write(partial: Path) -> None:
+        iio.imwrite(partial, pictures, plugin="FFMPEG", fps=fps, **options)
+        if not is_whole_mp4(partial):
+            raise OSError("ffmpeg could not write all of it: is the disk full?")
+
+    written_whole(path, write)
+
+
+def is_whole_mp4(path: Path) -> bool:
+    """Whether its boxes fill the file, the last one that ffmpeg writes among them: ffmpeg's exit code is not told."""
+    content, place, names = path.read_bytes(), 0, []
+    while place + 8 <= len(content):
+        size, name = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        if size == 1:  # more than 4 GB
+            size = int.from_bytes(content[place + 8 : place + 16], "big")
+        names.append(name)
+        place += max(size, 8)
+    return place == len(content) and b"moov" in names
 
 
 def check_output(folder: Path, width: int, height: int) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from clips.tensors import check_image, check_numbers, check_sampler, check_svd
 from kernels.group_norm import group_norm as group_norm_gpu
 from kernels.group_norm import usable
+from sources import read_fields
 from weights import Device, from_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- configurations
@@ -123,6 +124,11 @@ class ImageEncoderConfig:
     image_size: int = 224
     projection_dim: int = 1024
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            heads = f"{self.hidden_size} channels do not split into {self.num_attention_heads} heads"
+            raise ValueError(f"num_attention_heads: {heads}")
+
     def to_dict(self) -> dict[str, Any]:
         """In the keys of the published config.json, which transformers reads too."""
         return asdict(self) | {
@@ -154,18 +160,11 @@ def _from_dict(cls: type, config: dict[str, Any], extra: dict[str, Any], ignored
     levels = len(widths) if isinstance(widths, list) else 1
     if cls is UNetConfig and isinstance(config.get("num_attention_heads"), int):
         config["num_attention_heads"] = [config["num_attention_heads"]] * levels  # both spellings are in use
-    values = {field.name: config.pop(field.name, None) for field in fields(cls)}
-    for field in fields(cls):
-        value = values[field.name]
-        kinds = {"tuple[int, ...]": list, "tuple[bool, ...]": list, "float": (int, float)}.get(field.type, int)
-        if value is None and field.default is not None:
-            raise ValueError(f"{field.name} is missing")
-        if value is not None and not isinstance(value, kinds):
-            raise ValueError(f"{field.name} is {value!r}, expected {field.type}")
-    parsed = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values = read_fields(cls, config)
+    parsed = cls(**values)
     supported = parsed.to_dict()
     for key, value in config.items():
-        if key.startswith("_") or key in ignored or key in extra:
+        if key.startswith("_") or key in ignored or key in values:
             continue
         if key not in supported:
             raise ValueError(f"{key} is {value!r}; there is no such setting here")

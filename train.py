@@ -13,6 +13,8 @@ steps since the last save.
 
 from __future__ import annotations
 
+import kernels.threads  # noqa: F401 (before torch)
+
 import argparse
 import math
 import sys
@@ -30,6 +32,7 @@ from tqdm import tqdm
 import metrics
 from clips import ClipDataset, ResumableSampler
 from motion_dreamer import ABLATIONS, stage_class
+from sources import expand_home
 from training.cache import CachedClips, TrainingClips
 from training.checkpoint import seed_of
 from training.held import free_memory, held_batches, hold
@@ -58,9 +61,12 @@ from training.task import Task, stage_config, stage_task, vae_task
 # Weights that were learned once move slowly. The warm-up is five memories of AdamW's second moment (beta 0.99: 100
 # steps): what is new and starts at zero finds its size before SVD's weights move at full rate.
 RECIPE = {"lr": (5e-4, 1e-5), "warmup": (100, 500), "ema": (0.999, 0.9999)}
+STAGES_ONLY = ("ablation", "set", "init", "train", "drop", "unmark", "no_cache", "checkpointing", "shard")
+IGNORED = {"vae": ("1, 2 and one, not of the VAE", STAGES_ONLY), "one": ("1 and 2, not of one", ("ablation",))}
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Raises ValueError for a flag that would be ignored."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -113,7 +119,12 @@ def parse_arguments() -> argparse.Namespace:
     log.add_argument("--val-samples", type=int, default=4, help="validation clips that are sampled and measured")
     log.add_argument("--sample-every", type=int, default=2000, help="steps; pictures of one clip; 0 = never")
     log.add_argument("--quiet", action="store_true", help="no progress bar")
-    return with_recipe(parser.parse_args())
+    arguments = expand_home(parser.parse_args())
+    others, names = IGNORED.get(arguments.stage, ("", ()))
+    for name in names:
+        if getattr(arguments, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: of --stage {others}, where it would be ignored")
+    return with_recipe(arguments)
 
 
 def with_recipe(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -279,8 +290,6 @@ def dry_run(arguments: argparse.Namespace) -> None:
 
 def check_flags(arguments: argparse.Namespace, machine: Machine) -> None:
     """Raises ValueError for flags that do not fit together."""
-    if arguments.stage == "vae" and (arguments.shard or arguments.train != "all"):
-        raise ValueError("--shard and --train: of --stage 1, 2 and one, not of the VAE")
     if arguments.shard and machine.world_size == 1:
         raise ValueError("--shard: one process has nobody to share with; torchrun starts several")
     if arguments.cuda_graph and not (machine.on_gpu and machine.world_size == arguments.accumulate == 1):
@@ -352,15 +361,16 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments()
     try:
+        arguments = parse_arguments()
         (dry_run if arguments.dry_run else train)(arguments)
         return
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"train.py: {line.removeprefix('ValueError: ')}", file=sys.stderr)
-    except SystemExit:
-        pass  # another process has said it
+    except SystemExit as stop:  # another process has said it, or argparse, or it is no error: --help
+        if not stop.code:
+            raise
     except RuntimeError as error:
         if not lost_another(error):
             raise

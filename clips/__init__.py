@@ -1,5 +1,6 @@
 """What a training clip is, and where clips come from."""
 
+import kernels  # noqa: F401 (kernels.threads: before torch)
 from clips.clip import CAMERA_YAW_UNIT, Clip, ClipDataset, ResumableSampler, find_clips
 from clips.maps import open_picture, read_depth, read_ids
 from clips.motion import Motion, draft_video, render, unrender

@@ -11,7 +11,6 @@ again. A script, which stands above training: no module imports it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 from clips import ClipDataset
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, MotionDreamer, build
+from sources import expand_home, read_config
 from svd import VAE, ImageEncoder
 from training.cache import CachedClips
 from training.presets import PRESETS
@@ -36,10 +36,7 @@ def saved_stages(model: str | None) -> dict[str, MotionDreamer]:
     for path in (Path(model or "", name, "config.json") for name in ("stage1", "stage2") if model):
         if not path.exists():
             continue
-        try:
-            stage = build(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        stage = read_config(path, build)
         predict, given = stage.config.predict, stage.config.given
         found["1" if predict != ("rgb",) else "2" if given else "one"] = stage
     return found
@@ -65,7 +62,7 @@ def wanted_stages(arguments: argparse.Namespace, vae: VAE) -> list[MotionDreamer
 
 def encode(arguments: argparse.Namespace, machine: Machine) -> str:
     """Writes what the cache lacks -> one line on what was done. Raises ValueError or OSError, one line."""
-    clips, source = ClipDataset(arguments.folder, arguments.frames), arguments.init or arguments.model
+    clips, source = ClipDataset(arguments.folder, arguments.frames), arguments.init or Path(arguments.model)
     if not clips.whole:
         told = f"{arguments.folder}: has clips of {max(clips.lengths)} frames, more than {clips.frames}"
         raise ValueError(f"{told}: training draws windows of them, which cannot be encoded once for all")
@@ -99,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--frames", type=int, help="as train.py's (default: all frames of the first clip)")
     add("--workers", type=int, default=0, help="processes that read clips, for each GPU (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
-    return parser.parse_args()
+    return expand_home(parser.parse_args())
 
 
 def main() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from clips.pictures import (
     picture_to_segmentation,
     segmentation_to_picture,
 )
+from sources import open_safetensors
 from weights import whole_file
 
 
@@ -45,30 +45,81 @@ class Motion:
 
     def save(self, path: str | os.PathLike) -> None:
         """`motion.safetensors`: the file between the stages, for looking at and editing; a tensor for each field, by
-        its name, in the shapes and units above."""
-        parts = {name: value.cpu().contiguous() for name, value in vars(self).items() if value is not None}
+        its name, in the shapes and units above. Raises ValueError for what `load` would not read."""
+        motion = self.map(Tensor.cpu).checked(path)
+        parts = {name: value.contiguous() for name, value in vars(motion).items() if value is not None}
         with whole_file(path) as partial:
             save_file(parts, partial)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Motion:
-        """Raises ValueError that names the file when it is missing, damaged, misshapen or holds NaN."""
+    def load(
+        cls,
+        path: str | os.PathLike,
+        needs: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+    ) -> Motion:
+        """Numbers of any usual type, as `checked` gives them back. Raises FileNotFoundError, or ValueError that names
+        file and part: damaged, no motion, or no video of what `needs` names, of that size (height, width) and length.
+        """
+        with open_safetensors(path) as file:
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        if not parts or parts.keys() - RANGES.keys():
+            raise ValueError(f"{path}: holds {', '.join(sorted(parts)) or 'nothing'}, expected {', '.join(RANGES)}")
+        if missing := [name for name in needs if name not in parts]:
+            raise ValueError(f"{path}: has no {', '.join(missing)}, which this model paints from")
+        motion = cls(**{name: parts.get(name) for name in RANGES}).checked(path)
+        first = next(name for name in RANGES if name in parts)
+        batch, count, height, width = extent(parts[first])
+        if size not in (None, (height, width)):
+            raise ValueError(f"{path}: {first} is {width}x{height}, the image {size[1]}x{size[0]}")
+        if needs and (batch != 1 or count < 2):
+            raise ValueError(f"{path}: has {batch} videos of {count} frames, expected one, of 2 or more")
+        if frames not in (None, count):
+            raise ValueError(f"{path}: has {count} frames, --frames says {frames}")
+        return motion
+
+    def checked(self, path: str | os.PathLike) -> Motion:
+        """The same as float32 and, ids, int64. Raises ValueError that names `path` and the part for another shape or
+        type, for parts that do not fit together, and for a number that is no flow, id or depth."""
         try:
-            with safe_open(path, framework="pt") as file:
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        except Exception as error:
-            raise ValueError(f"{path}: {error}") from None
-        unknown = set(parts) - {"flow", "segmentation", "depth"}
-        if unknown or not parts:
-            raise ValueError(
-                f"{path}: holds {', '.join(sorted(parts)) or 'nothing'}, expected flow, segmentation, depth"
+            motion = Motion(
+                **{name: value if value is None else usual(name, value) for name, value in vars(self).items()}
             )
-        for name, value in parts.items():
-            if value.ndim != (5 if name == "flow" else 4):
-                raise ValueError(f"{path}: {name} has shape {list(value.shape)}")
-            if not torch.isfinite(value.float()).all():
-                raise ValueError(f"{path}: {name} holds a value that is not finite")
-        return cls(**{name: parts.get(name) for name in ("flow", "segmentation", "depth")})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        extents = {name: extent(value) for name, value in vars(motion).items() if value is not None}
+        if len(set(extents.values())) > 1:
+            told = [f"{name} {b} x {t} frames of {w}x{h}" for name, (b, t, h, w) in extents.items()]
+            raise ValueError(f"{path}: its parts do not fit together: {', '.join(told)}")
+        return motion
+
+
+TYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32}
+TYPES |= {torch.int64, torch.uint16, torch.uint32, torch.uint64}
+RANGES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {  # not of NaN
+    "flow": (lambda x: x.abs() < 1e9, "pixels (1e9 and more means unknown in files of flow)"),
+    "segmentation": (lambda x: (x >= 0) & (x <= 255) & (x == x.floor()), "ids: whole numbers of 0 to 255"),
+    "depth": (lambda x: (x > 1e-30) & (x < 1e30), "a distance above 0"),
+}
+
+
+def extent(value: Tensor) -> tuple[int, int, int, int]:
+    """B, T, H, W of a part."""
+    return (*value.shape[:2], *value.shape[-2:])
+
+
+def usual(name: str, value: Tensor) -> Tensor:
+    """A part in its usual type. Raises ValueError that names it."""
+    shape = ["B", "T", "2", "H", "W"] if name == "flow" else ["B", "T", "H", "W"]
+    if value.ndim != len(shape) or 0 in value.shape or (name == "flow" and value.shape[2] != 2):
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected [{', '.join(shape)}]")
+    if value.dtype not in TYPES:
+        raise ValueError(f"{name} is of {value.dtype}, expected {'int64' if name == 'segmentation' else 'float32'}")
+    numbers, (fits, expected) = value.double(), RANGES[name]
+    if not (good := fits(numbers)).all():
+        raise ValueError(f"{name} holds {numbers[~good][0].item():g}, expected {expected}")
+    return value.long() if name == "segmentation" else value.float()
 
 
 def render(modality: str, value: Tensor, first: Tensor | None = None) -> Tensor:

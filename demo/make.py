@@ -28,10 +28,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+import kernels.threads  # noqa: E402, F401 (before torch)
+
+import torch  # noqa: E402
 
 from clips.scenes import SCENARIOS  # noqa: E402
 from motion_dreamer import MotionDreamer  # noqa: E402
@@ -110,7 +112,7 @@ def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subpr
         told += ["--batch", 64, "--workers", 4, "--lr", 1e-3, "--ema", 0.995] if gpu else ["--batch", 4]
         told += ["--cuda-graph"] * gpu + ["--set", *STAGES[stage]]
     threads = max(1, (os.cpu_count() or 1) // 2)
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(list(map(str, told)), cwd=HERE.parent, env=environment)
 
 

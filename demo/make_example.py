@@ -14,6 +14,8 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import kernels.threads  # noqa: E402, F401 (before torch)
+
 from clips import Clip  # noqa: E402
 from clips.simulate import simulate  # noqa: E402
 from instance_flow import instance_flow  # noqa: E402

@@ -1,1 +1,3 @@
-"""Triton kernels for the layers of svd.py on a GPU: group_norm."""
+"""What is near the machine: Triton kernels for the layers of svd.py on a GPU, and how threads on a CPU wait."""
+
+import kernels.threads  # noqa: F401 (before torch, whatever is imported from here)

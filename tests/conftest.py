@@ -8,12 +8,10 @@ Tests see no GPU, whether there is one or not: what they compare is what a CPU c
 with the mark `gpu` see what is there (test_gpu.py).
 """
 
-import os
+import kernels.threads  # noqa: F401 (before torch)
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import pytest  # noqa: E402
-import torch  # noqa: E402 (it reads the environment when it is loaded)
+import pytest
+import torch
 
 torch.set_num_threads(1)
 torch.cuda.is_available()  # CUDA looks at its environment once: now, as long as nothing is hidden

@@ -19,13 +19,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import kernels.threads  # noqa: E402, F401 (before torch)
+
 import measure  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from tiny import moving_squares  # noqa: E402
 
 from motion_dreamer import MotionDreamer  # noqa: E402

@@ -13,10 +13,13 @@ import sys
 import zlib
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import kernels.threads  # noqa: E402, F401 (before torch)
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
 from svd import ImageEncoderConfig, UNetConfig, VAEConfig
 from weights import save_safetensors
 

@@ -21,12 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import kernels.threads  # noqa: E402, F401 (before torch)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from tiny import moving_squares  # noqa: E402
 
 import sample  # noqa: E402

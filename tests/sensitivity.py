@@ -7,12 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as nnf
-from torch import Tensor
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import kernels.threads  # noqa: E402, F401 (before torch)
+
+import torch  # noqa: E402
+import torch.nn.functional as nnf  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import metrics  # noqa: E402
 from evaluate import truth_of  # noqa: E402

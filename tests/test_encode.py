@@ -167,10 +167,10 @@ def test_what_cannot_be_encoded_once_is_refused_in_one_line(monkeypatch, capsys,
     assert line.startswith(f"{data}: has clips of 4 frames, more than 3: training draws windows")
     assert "no clips (*.safetensors) here" in refused(monkeypatch, capsys, tmp_path / "none", *told)
     line = refused(monkeypatch, capsys, data, "--model", tmp_path / "none")
-    assert line == f"{tmp_path}/none/vae: no such folder"
+    assert line == f"{tmp_path}/none: no such folder"
     (model / "stage1").mkdir()
     (model / "stage1" / "config.json").write_text("{}")
-    assert refused(monkeypatch, capsys, data, *told) == f"{model}/stage1/config.json: 'stage'"
+    assert refused(monkeypatch, capsys, data, *told) == f"{model}/stage1/config.json: 'stage' is missing"
     (model / "stage1" / "config.json").unlink()
     moving_squares(0, width=26).save(tmp_path / "wide" / "0.safetensors")
     line = refused(monkeypatch, capsys, tmp_path / "wide", *told)

@@ -643,6 +643,17 @@ def test_samples_are_kept(folders, monkeypatch, capsys, tmp_path):
         run(monkeypatch, *told, "--seed", 1)
 
 
+def test_a_bar_moves_while_a_batch_is_sampled(folders, tmp_path, capsys):
+    """The bar of the batches stands still meanwhile."""
+    scenes = [truth_of(folders / "data" / "1.safetensors", 16, "cpu")]
+    asked = sampler(tmp_path)
+    asked.make(scenes, "arrow", 1)
+    assert "arrow" not in capsys.readouterr().err  # --quiet
+    asked.quiet = False
+    asked.make(scenes, "arrow", 2)
+    assert "arrow: " in capsys.readouterr().err
+
+
 def test_another_stage_2_leaves_the_samples_of_stage_1(folders, monkeypatch, capsys, tmp_path):
     shutil.copytree(folders / "model", tmp_path / "model")
     told = ["--model", tmp_path / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]

@@ -1,6 +1,7 @@
 """The rules of the rooms: imports go down and in no circle, packages keep their insides, functions stay short."""
 
 import ast
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ HEIGHTS = {  # of a module or package; it imports what is as high or lower
     "show": 3, "training": 3,
     "motion_dreamer": 2,
     "svd": 1, "clips": 1, "inputs": 1, "metrics": 1,
-    "instance_flow": 0, "kernels": 0, "splat": 0, "weights": 0,
+    "instance_flow": 0, "kernels": 0, "sources": 0, "splat": 0, "weights": 0,
 }  # fmt: skip
 CLOSED = {"clips", "inputs", "metrics"}  # of other packages, these import only what the package itself offers
 MOST_AT_THE_TOP = 9  # files
@@ -81,6 +82,20 @@ def inside(graph):
     return sorted(f"{a} -> {b}" for a, b in arrows if room(a) != room(b) and "." in b)
 
 
+def is_script(tree):
+    return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+
+
+def comes_first(tree):
+    """The first import of a file that may load torch."""
+    harmless = sys.stdlib_module_names | {"numpy", "PIL"}
+    for node in tree.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
+            if name.split(".")[0] not in harmless:
+                return name
+
+
 def nodes(modules, kind):
     return [(name, node) for name, tree in modules.items() for node in ast.walk(tree) if isinstance(node, kind)]
 
@@ -109,6 +124,49 @@ def test_imports_go_down_in_no_circle_and_not_into_other_packages():
     assert {room(name) for name in graph} == HEIGHTS.keys()  # every module has a height
     assert graph["evaluate"] >= {"metrics", "training.tables", "clips.simulate"}  # the last in a function
     assert circle(graph) is None and upward(graph) == [] and inside(graph) == []
+
+
+def test_every_script_says_how_threads_wait_before_it_imports_torch():
+    modules = read(ROOT, tracked())
+    scripts = {name for name, tree in modules.items() if is_script(tree)}
+    assert {"sample", "train", "evaluate", "clips.simulate", "demo.make", "tests.bench", "tests.measure"} <= scripts
+    scripts -= {"tests.forks", "tests.test_draw", "demo.make_pictures"}  # of pytest; a browser; starts sample.py
+    scripts |= {"tests.conftest"}
+    found = {name: comes_first(modules[name]) for name in scripts if name.split(".")[0] != "clips"}
+    assert set(found.values()) == {"kernels.threads"}, found
+    assert comes_first(modules["clips"]) == "kernels"  # `python -m clips.x` imports the package first
+    assert comes_first(ast.parse("import os\nimport torch\nimport kernels.threads")) == "torch"
+
+
+@pytest.mark.parametrize("told", [None, "active"])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(told):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": told} if told else {}
+    lines = "import kernels.threads, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", lines], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.split() == [told or "passive", "False"]
+
+
+def needed():
+    """Of requirements.txt: each line's requirement and its reason. Those of optional packages are comments."""
+    packaging = pytest.importorskip("packaging.requirements")
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        text, _, reason = line.removeprefix("# optional: ").partition("#")
+        if text.strip():
+            yield packaging.Requirement(text.strip()), reason.strip(), line.startswith("# optional: ")
+
+
+def test_what_is_installed_is_what_is_needed_and_every_bound_has_a_reason():
+    found = list(needed())
+    assert {requirement.name for requirement, *_ in found} >= {"torch", "mujoco", "numba", "transformers", "pytest"}
+    for requirement, reason, optional in found:
+        assert not requirement.specifier or len(reason) > 10, f"{requirement}: why?"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            assert optional, requirement
+            continue
+        assert requirement.specifier.contains(version.split("+")[0], prereleases=True), f"{requirement}: {version}"
 
 
 def test_a_test_without_the_mark_sees_no_gpu():

@@ -1,11 +1,15 @@
 """sample.py through its command line, with a tiny model of random weights: what it writes, and what it refuses."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -21,6 +25,7 @@ from inputs.find import at_hand
 from inputs.photo import fit, read_inputs
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, Motion, MotionDreamer, SmallMotionDreamer, SmallStageConfig
 from svd import UNet
+from training.processes import peak_memory
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT, FRAMES = 24, 16, 4
@@ -517,6 +522,68 @@ def test_an_interruption_leaves_nothing_half_written(given, monkeypatch):
     assert not [path for path in given.folder.rglob("*") if "partial" in path.name]
 
 
+@pytest.mark.parametrize("name", ["motion.safetensors", "flow.mp4", "input.png", "grid.gif", "run.json"])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(given, monkeypatch, capsys, name):
+    replaced = os.replace
+
+    def replace(partial, path):
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replaced(partial, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(SystemExit) as stop:
+        given.run(monkeypatch, "--stage", "1", steps=1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sample.py")]
+    assert stop.value.code == 2 and str(given.folder / "out" / name) in line and "No space left" in line
+    assert not any("partial" in path.name or path.name == name for path in (given.folder / "out").iterdir())
+
+
+def test_a_video_that_a_full_disk_cuts_off_gets_no_name(tmp_path):
+    """By a limit that ffmpeg meets, too; it says nothing more than its exit code."""
+    resource, path = pytest.importorskip("resource"), tmp_path / "a.mp4"
+    noise = np.random.default_rng(0).integers(256, size=(4, 64, 64, 3), dtype=np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match="a.mp4: ffmpeg could not write all of it") as caught:
+            show.write_video(path, noise, 7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    show.write_video(path, noise, 7)
+    whole = path.read_bytes()
+    for end in (0, 30, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert not show.is_whole_mp4(path)
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_bytes(monkeypatch, platform, unit):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
+    assert peak_memory(on_gpu=False) == 7 * unit
+
+
+def test_without_the_module_resource(given, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    out = given.run(monkeypatch, "--stage", "1", steps=1)
+    assert json.loads((out / "run.json").read_text())["peak_memory_bytes"] == 0
+
+
+def test_a_size_beyond_all_memory_is_one_line(given, monkeypatch, capsys):
+    def fill(*_):
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(sample, "run_task", fill)
+    with pytest.raises(SystemExit) as stop:
+        given.run(monkeypatch)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "allocate memory" in line and "a smaller --size" in line
+
+
 def test_from_the_shell(given):
     told = [sys.executable, "sample.py"]
     good = subprocess.run([*told, *given.command("--stage", "1")], cwd=ROOT, capture_output=True, text=True)
@@ -632,13 +699,20 @@ def test_plain_svd_takes_any_size_and_a_single_file(given, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ several videos
 
 
-def test_samples_and_arrows_files_have_folders_of_their_own(given, monkeypatch):
+def test_samples_and_arrows_files_have_folders_of_their_own(given, monkeypatch, capsys):
     other = given.arrows | {"arrows": []}
     (given.folder / "still.json").write_text(json.dumps(other))
     extra = [str(given.folder / "still.json"), "--samples", "2", "--stage", "1", "--seed", "5", "--fps", "4"]
     out = given.run(monkeypatch, *extra, steps=1)
     found = {str(path.parent.relative_to(out)) for path in out.rglob("motion.safetensors")}
     assert found == {"arrows/sample_0", "arrows/sample_1", "still/sample_0", "still/sample_1"}
+    titles = re.findall(r"([^\r\n]+), stage 1: motion: 100%", capsys.readouterr().err)  # of the bars
+    assert list(dict.fromkeys(titles)) == [
+        "1/4 arrows/sample_0",
+        "2/4 arrows/sample_1",
+        "3/4 still/sample_0",
+        "4/4 still/sample_1",
+    ]
     records = {name: json.loads((out / name / "run.json").read_text()) for name in found}
     assert records["still/sample_1"]["seed"] == 6 and records["still/sample_1"]["arrows_used"]["arrows"] == []
     assert iio.immeta(out / "still" / "sample_0" / "flow.mp4", plugin="FFMPEG")["fps"] == pytest.approx(4)

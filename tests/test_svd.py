@@ -481,10 +481,11 @@ def test_hub_downloads_only_what_is_needed(monkeypatch, tmp_path):
             (tmp_path / "unet/diffusion_pytorch_model.safetensors").touch()
         return str(tmp_path)
 
-    monkeypatch.setattr("weights.snapshot_download", snapshot)
+    monkeypatch.setattr("sources.find.snapshot_download", snapshot)
     assert resolve_source("some/model", "unet") == tmp_path / "unet"
-    assert asked[0] == ("some/model", ["unet/config.json", "unet/*.fp16.safetensors"])  # first choice
-    assert len(asked) == 2 and "unet/config.json" in asked[1][1]  # nothing came: full precision
+    always = ["unet/config.json", "unet/*.index*.json"]
+    assert asked[0] == ("some/model", [*always, "unet/*.fp16*.safetensors"])  # first choice
+    assert len(asked) == 2 and asked[1][1][:2] == always  # nothing came: full precision
     (tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors").touch()
     resolve_source("some/model", "unet")
     assert len(asked) == 3
@@ -512,7 +513,7 @@ def test_hub_errors_say_what_to_do(kind, advice, monkeypatch):
     def snapshot(repo, allow_patterns):
         raise error.__new__(error)
 
-    monkeypatch.setattr("weights.snapshot_download", snapshot)
+    monkeypatch.setattr("sources.find.snapshot_download", snapshot)
     with pytest.raises(ValueError, match=advice) as caught:
         resolve_source("some/model", "unet")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("some/model: ")
@@ -758,12 +759,12 @@ def test_single_file_must_hold_every_tensor_and_no_unknown_one(tmp_path):
     wrong = {
         "unet": {"model.diffusion_model.out.2.bias": None, "model.diffusion_model.extra": torch.zeros(1)},
         "vae": {"first_stage_model.decoder.conv_out.bias": torch.zeros(7), "first_stage_model.post": torch.zeros(1)},
-        "image_encoder": {f"{attention}.attn.in_proj_bias": torch.zeros(2), "model_ema.decay": torch.zeros(1)},
+        "image_encoder": {f"{attention}.attn.in_proj_bias": torch.zeros(2), "model_emb.decay": torch.zeros(1)},
     }
     told = {
         "unet": ["1 missing (model.diffusion_model.out.2.bias)", "1 unexpected (model.diffusion_model.extra)"],
         "vae": ["first_stage_model.decoder.conv_out.bias [7], not [3]", "1 unexpected (first_stage_model.post)"],
-        "image_encoder": ["attn.in_proj_bias [1], not", "1 unexpected (model_ema.decay)"],
+        "image_encoder": ["attn.in_proj_bias [1], not", "1 unexpected (model_emb.decay)"],
     }
     for name, changes in wrong.items():
         single_file(path, **changes)
@@ -771,6 +772,9 @@ def test_single_file_must_hold_every_tensor_and_no_unknown_one(tmp_path):
             CLASSES[name].from_pretrained(path, config=SMALL[name])
         assert str(caught.value).startswith(f"{path}: does not fit the model: ") and "\n" not in str(caught.value)
         assert all(words in str(caught.value) for words in told[name]), caught.value
+    left = ["model_ema.decay", "model_ema.diffusion_modeltime_embed0weight", "denoiser.sigmas", "loss_fn.sigmas"]
+    single_file(path, **{name: torch.zeros(1) for name in [*left, "first_stage_model.loss.logvar"]})  # of a training
+    assert all(CLASSES[name].from_pretrained(path, config=SMALL[name]) for name in CLASSES)
     single_file(path)
     with pytest.raises(ValueError, match="misshapen"):  # without a config: not of SVD's size
         ImageEncoder.from_pretrained(path)

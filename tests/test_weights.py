@@ -1,7 +1,5 @@
 """What is written is written whole or not at all, also by a full disk. (Loading: test_svd.py.)"""
 
-import resource
-
 import numpy as np
 import pytest
 import torch
@@ -36,6 +34,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_the_former_file_and_nothing_else(tmp_path, name):
+    resource = pytest.importorskip("resource")  # not on Windows
     path, limits = tmp_path / name, resource.getrlimit(resource.RLIMIT_FSIZE)
     path.write_text("former")
     try:

@@ -7,11 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import kernels.threads  # noqa: E402, F401 (before torch)
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from clips import Clip, simulate  # noqa: E402
 from metrics.trackers import lucas_kanade  # noqa: E402

@@ -191,7 +191,7 @@ def keep_latents(arguments: argparse.Namespace, learner: Learner, going_on: bool
         folder = Path(arguments.out) / "training" / "vae"
         raise ValueError(f"{folder}: --decoder-only, but no VAE to go on with; --start names another folder")
     if going_on:
-        learner.average.skeleton.scaling_factor = VAE.from_pretrained(arguments.out, "vae").scaling_factor
+        learner.average.skeleton.scaling_factor = VAE.from_pretrained(Path(arguments.out), "vae").scaling_factor
     average = learner.average.model()
     for part in ("encoder", "quant_conv"):
         getattr(learner.core, part).load_state_dict(getattr(average, part).state_dict())

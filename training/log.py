@@ -19,12 +19,18 @@ class Log:
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trim(folder / "log.jsonl", step)
-        self.lines = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (open to the end)
+        self.lines = open(folder / "log.jsonl", "ab", buffering=0)  # noqa: SIM115 (open to the end)
         self.events = event_writer(folder, step)
 
     def write(self, record: dict[str, float]) -> None:
         """A step's figures by name; "step" is its number."""
-        self.lines.write(json.dumps(record) + "\n")
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            written = self.lines.write(line)
+        except OSError as error:
+            raise OSError(f"{self.lines.name}: {error.strerror}") from None
+        if written < len(line):
+            raise OSError(f"{self.lines.name}: no space left for a whole line")
         if self.events:
             for name in record.keys() - {"step"}:
                 self.events.add_scalar(name, record[name], record["step"])

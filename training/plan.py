@@ -11,7 +11,6 @@ in fp32 and one after the other; where kernels/group_norm.py does both at once, 
 from __future__ import annotations
 
 import argparse
-import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from clips import ClipDataset
 from motion_dreamer import Batch, Condition, MotionDreamer, StageConfig, build
+from sources import read_config
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
 from training.learner import BLOCKS
 from training.presets import PRESETS
@@ -180,14 +180,14 @@ def parts_without_weights(arguments: argparse.Namespace) -> tuple:
     def sizes(part: str, kind: type, otherwise: str) -> Any:  # noqa: ANN401
         for path in (Path(folder) / part / "config.json" for folder in folders):
             if path.exists():
-                return kind.from_dict(json.loads(path.read_text()))
+                return read_config(path, kind.from_dict)
         return default.get(otherwise, kind())
 
     with torch.device("meta"):
         vae = VAE(sizes("vae", VAEConfig, "vae"))
         tower = ImageEncoder(sizes("image_encoder", ImageEncoderConfig, "image_encoder"))
         if arguments.start:
-            source = build(json.loads((Path(arguments.start) / name / "config.json").read_text()))
+            source = read_config(Path(arguments.start) / name / "config.json", build)
             started, unet = source.config, source.unet.config
         else:
             started, unet = None, sizes("unet", UNetConfig, name) if arguments.init else default[name]

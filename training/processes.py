@@ -176,9 +176,12 @@ def leave_process_group(worker: int) -> None:
 
 
 def peak_memory(on_gpu: bool) -> int:
-    """Bytes: of the GPU, or of the process."""
+    """Bytes: of the GPU, or of the process; 0 where the system does not tell (Windows)."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, where only GPUs are supported
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

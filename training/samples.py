@@ -17,6 +17,7 @@ from motion_dreamer import MotionDreamer, dream
 from svd import VAE, ImageEncoder
 from training.batch import moves_at_once
 from training.vae import round_trip
+from weights import whole_file
 
 
 @torch.no_grad()
@@ -71,4 +72,5 @@ def write_samples(path: Path, made: metrics.Maps, clip: metrics.Maps) -> None:
             rows.append(rearrange(picture[shown], "t c h w -> c h (t w)"))
     pixels = ((torch.cat(rows, dim=1).permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    with whole_file(path) as partial:
+        Image.fromarray(pixels).save(partial, "PNG")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clips import ClipDataset
 from motion_dreamer import ABLATIONS, ONE_STAGE, MotionDreamer, SmallStageConfig, StageConfig, stage_class
+from sources import read_stage
 from svd import VAE, ImageEncoder
 from training.batch import Chances, training_batch
 from training.cache import CachedClips, TrainingClips, encode_clips
@@ -74,7 +75,7 @@ def vae_task(arguments: argparse.Namespace, machine: Machine) -> VAETask:
     --start."""
     preset, full = PRESETS[arguments.preset], {"dtype": torch.float32, "device": machine.device}
     if arguments.start:
-        source = VAE.from_pretrained(arguments.start, "vae", **full)
+        source = VAE.from_pretrained(Path(arguments.start), "vae", **full)
         core = VAE(source.config).to(machine.device)
         core.load_state_dict(source.state_dict())
     elif "vae" in preset:
@@ -84,7 +85,7 @@ def vae_task(arguments: argparse.Namespace, machine: Machine) -> VAETask:
     folder = Path(arguments.out) / "image_encoder"
     if machine.rank == 0 and not (folder / "config.json").exists():
         if arguments.start:
-            tower = ImageEncoder.from_pretrained(arguments.start, "image_encoder", **full)
+            tower = ImageEncoder.from_pretrained(Path(arguments.start), "image_encoder", **full)
         else:
             tower = ImageEncoder(preset["image_encoder"])
         tower.save_pretrained(folder)
@@ -98,7 +99,7 @@ def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDat
     vae, image_encoder = frozen_encoders(arguments, machine)
     if arguments.start:
         full = torch.float32  # on disk, weights are often half precision
-        source = MotionDreamer.from_pretrained(arguments.start, name, full, place)
+        source = MotionDreamer.from_pretrained(Path(arguments.start), name, full, place)
     config = stage_config(arguments, dataset, vae, source.config if source else None)
     if dataset.width % config.vae_factor or dataset.height % config.vae_factor:
         size = f"{dataset.width}x{dataset.height}"
@@ -140,8 +141,7 @@ def stage_config(
             changes, stack = {"sigma_max": 80.0} | changes, PRESETS[arguments.preset]["stack"]
     sizes = {"frames": dataset.frames, "width": dataset.width, "height": dataset.height, "fps": dataset.fps}
     sizes |= {"latent_channels": vae.config.latent_channels * stack**2, "vae_factor": vae.factor * stack}
-    changed = asdict(config) | sizes | changes
-    return (SmallStageConfig if changed.keys() - vars(ONE_STAGE).keys() else StageConfig)(**changed)
+    return read_stage(asdict(config) | sizes | changes, StageConfig, SmallStageConfig)
 
 
 def changed_fields(items: list[str]) -> dict[str, str | int | float | bool]:
@@ -163,7 +163,7 @@ def frozen_encoders(arguments: argparse.Namespace, machine: Machine) -> tuple[VA
     where there are none, those of --start. Copies them to --out."""
     out, full = Path(arguments.out), {"dtype": torch.float32, "device": machine.device}
     there = (out / "vae" / "config.json").exists()  # the last file that is written of the two models
-    source = arguments.init or (arguments.start if arguments.start and not there else out)
+    source = arguments.init or (Path(arguments.start) if arguments.start and not there else out)
     vae = VAE.from_pretrained(source, "vae", **full).requires_grad_(False).eval()
     image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **full).requires_grad_(False).eval()
     if machine.world_size > 1:
