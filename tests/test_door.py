@@ -396,7 +396,9 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("change", [("CacheImpl._locator_classes", []), ("IndexDataCacheFile.save", full)], ids=str)
+@pytest.mark.parametrize(
+    "change", [("CacheImpl._locator_classes", []), ("IndexDataCacheFile.save", full)], ids=lambda change: change[0]
+)
 def test_the_simulator_draws_where_nothing_can_be_kept(monkeypatch, change):
     """A read-only install of a user without a home; a full disk. (Splatting: tests/test_splat.py.)"""
     rays = pytest.importorskip("clips.rays")
