@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips import Motion, render
-from inputs import Canvas, Inputs, arrows_to_flow, fit, read_inputs, told_to_stay
+from inputs import Canvas, Inputs, arrows_to_flow, doubt_of, fit, read_inputs, told_to_stay
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
 from sources import check_parts, expand_home
@@ -200,7 +200,8 @@ def plan(arguments: argparse.Namespace, models: Models, given: dict[Path, Inputs
             )
         fitted, canvas = fit(inputs, *model_size(arguments, models, inputs.rgb))
         sizes = [f"{shape[1]}x{shape[0]}" for shape in (inputs.rgb.shape, canvas.inner)]
-        print(f"{arguments.image}: {' resized to '.join(dict.fromkeys(sizes))}; {inputs.origin}")
+        doubt = "" if arguments.svd else doubt_of(fitted, canvas, models.vae, arguments.device)
+        print(f"{arguments.image}: {' resized to '.join(dict.fromkeys(sizes))}; {inputs.origin}{doubt}")
         for i in range(arguments.samples):
             out = folder / f"sample_{i}" if arguments.samples > 1 else folder
             tasks.append(Task(fitted, canvas, out, arguments.seed + i))
