@@ -61,13 +61,14 @@ class Scene:
     camera_path: np.ndarray | None = None  # [T + 1, 4, 3]
     scenery: list[tuple[Part, float]] = field(default_factory=list)  # fixed boxes of the background, and their grey
     other: int | None = None  # index of the thing that the ego car meets
+    tempers: list[dict] = field(default_factory=list)  # what each thing on the road wishes: traffic.Temper
     truth: dict = field(default_factory=dict)  # what else belongs into the clip's meta
 
     @property
     def hidden(self) -> dict:
         """What decides the motion and no picture shows."""
         if self.path is not None:
-            return {}
+            return {"tempers": self.tempers}
         return {"friction": self.friction, "density": [thing.density for thing in self.things]}
 
 
@@ -245,14 +246,20 @@ def streetside(rng: np.random.Generator, case: traffic.Case) -> list[tuple[Part,
     return scenery
 
 
-def driving(rng: np.random.Generator, frames: int, **told: int | str) -> Scene:
+def driving(
+    rng: np.random.Generator, frames: int, hidden: np.random.Generator | None = None, **told: int | str
+) -> Scene:
     """The camera is on a car in traffic that answers to it: one of the cases of clips/traffic.py.
 
-    `told` overrides the ego car's motion and the other's: see traffic.OVERRIDES.
+    `told` overrides the ego car's motion and the other's: see traffic.OVERRIDES. `hidden` redraws what the others wish.
     """
-    case = traffic.draw(rng, str(rng.choice(list(traffic.CASES))))
+    names = list(traffic.CASES)
+    share = 1 + 2 * (np.array(names) == "follow")  # its lead car is told three things: nothing, its speed, its lane
+    case = traffic.draw(rng, str(rng.choice(names, p=share / share.sum())))
     told = traffic.in_order(case.told | told)
     drive = traffic.drive(case, told, frames, FRAME_TIME)
+    if hidden:
+        case, drive = traffic.twin(case, told, drive, FRAME_TIME, hidden)
     ego, *others = np.moveaxis(traffic.on_road(drive.poses, case.curvature), 1, 0)
     path = np.zeros((frames + 1, len(others), 7))
     for i, (x, y, turn) in enumerate(np.moveaxis(others, -1, 1)):
@@ -265,6 +272,7 @@ def driving(rng: np.random.Generator, frames: int, **told: int | str) -> Scene:
     motion = np.stack([way, -np.diff(ego[:, 2]) / CAMERA_YAW_UNIT], axis=1)  # yaw to the right is positive
     return Scene(
         things, path=path, camera_path=camera, scenery=streetside(rng, case), other=0,
+        tempers=[user.temper._asdict() for user in case.users[1:]],
         truth={
             "camera_motion": motion.tolist(), "case": case.name, "told": told,
             "order": [("ego", "other")[k] for k in drive.order], "speeds": drive.speeds[:, :2].round(3).tolist(),
@@ -347,12 +355,11 @@ def frame_camera(scene: Scene, focal: float, size: tuple[int, int]) -> np.ndarra
 # ----------------------------------------------------------------------------------------- what the picture cannot show
 
 
-def redraw_hidden(scene: Scene, scenario: str, seed: int, k: int, frames: int) -> None:
+def redraw_hidden(scene: Scene, scenario: str, rng: np.random.Generator, frames: int) -> None:
     """Gives the scene the friction and the densities of another draw of its scenario: a twin, which looks the same.
 
     They come from the scenario itself, so that a twin is as likely as the scene for whoever sees only the picture.
-    What moves along a path has neither: it stays as it is."""
-    rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario), k, 1])
+    (What drives has neither: its scenario redraws what the others wish.)"""
     other = SCENARIOS[scenario](rng, frames)
     scene.friction = other.friction
     for thing in scene.things:

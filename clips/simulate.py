@@ -14,7 +14,7 @@ The same (scenario, seed, frames, size) gives the same bytes. What is true of a 
     pushed, push          id that was pushed (0 = none) and its velocity in m/s; also side (+1, -1) and strength
     contacts              [id, id, first frame step in which they touch]
     touching, fixed       pairs [id, id] that touch or are joined at frame 0; ids that cannot move
-    hidden                what no picture shows: friction and densities; none where things move along a path
+    hidden                what no picture shows: friction and densities; in driving, what each of the others wishes
     fallen                ids that lie down, or far below where they began, at the end
     poses                 [T + 1][N][7]: position and quaternion (w, x, y, z) of ids 1..N; energy [T + 1] in joules
     camera                [T + 1][4][3]: position, and the axes right, down, forward; focal length in pixels
@@ -172,14 +172,16 @@ def has_fallen(poses: np.ndarray) -> np.ndarray:
 
 def draw_scene(scenario: str, seed: int, frames: int, told: dict) -> tuple[Scene, Look, np.random.Generator]:
     """The scene of a seed, with what `told` overrides; ids say nothing about who is pushed."""
-    rng = np.random.default_rng([seed, list(SCENARIOS).index(scenario)])
-    wishes = {name: value for name, value in told.items() if scenario == "driving" and name != "hidden"}
+    index, k, drives = list(SCENARIOS).index(scenario), told.get("hidden"), scenario == "driving"
+    rng = np.random.default_rng([seed, index])
+    redraw = None if k is None else np.random.default_rng([seed, index, k, 1])
+    wishes = {name: value for name, value in (told | {"hidden": redraw}).items() if drives}
     scene = SCENARIOS[scenario](rng, frames, **wishes)
-    look_ = Look.random(rng, len(scene.things), outdoors=scenario == "driving")
+    look_ = Look.random(rng, len(scene.things), outdoors=drives)
     scene = reorder(scene, rng.permutation(len(scene.things)))
     scene.side, scene.strength = told.get("side", scene.side), told.get("strength", scene.strength)
-    if "hidden" in told:
-        redraw_hidden(scene, scenario, seed, told["hidden"], frames)
+    if redraw and not drives:
+        redraw_hidden(scene, scenario, redraw, frames)
     return scene, look_, rng
 
 
@@ -212,8 +214,8 @@ def simulate(
     if min(size) < 8 or frames < 1 or seed < 0:
         raise ValueError(f"size {size}, frames {frames}, seed {seed}: expected 8 pixels, 1 frame, 0 at least")
     check_push(scenario, push or {})
-    if push and still:
-        raise ValueError(f"push {push}: a still scene has none")
+    if still and (asked := set(push or {}) - {"hidden"}):
+        raise ValueError(f"push of {', '.join(sorted(asked))}: a still scene has none")
     scene, look_, rng = draw_scene(scenario, seed, frames, push or {})
     scene.strength = 0.0 if still else scene.strength
     fov = math.radians(rng.uniform(30, 40) if scenario != "driving" else 50)
@@ -251,6 +253,7 @@ def reorder(scene: Scene, order: np.ndarray) -> Scene:
     scene.links = [(int(new[a]), int(new[b]), joint) for a, b, joint in scene.links]
     scene.pushed = None if scene.pushed is None else int(new[scene.pushed])
     scene.other = None if scene.other is None else int(new[scene.other])
+    scene.tempers = [scene.tempers[i] for i in order] if scene.tempers else []
     scene.path = None if scene.path is None else scene.path[:, order]
     return scene
 

@@ -8,7 +8,8 @@ Three rules:
              spare (gap acceptance: Treiber, Kesting 2013, Traffic Flow Dynamics); else it waits: `Zone.decide`
 Who may not go yet brakes for the line as for a car that stands there, so the ego car gives way by the first rule.
 
-User 0 is the ego car, user 1 the other one that a case is about. Drivers are in a hurry: a clip lasts 1.6 s.
+User 0 is the ego car, user 1 the other one that a case is about. Drivers are in a hurry: a clip lasts 1.6 s. What the
+others wish (`Temper`) no picture shows: a twin is the same scene with wishes drawn anew.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ ROOM = 0.2  # metres to both sides of a body
 GAP = 0.4  # seconds
 CLOSED = 7.0  # metres that a car needs to leave its lane
 SLOWER, FASTER = 0.35, 1.5  # of the wished speed
+AT_ONCE = {-1: 0.6, 0: 1.0, 1: 1.3}  # of its speed, that a lead car which is told so drives from the first frame on
+SLIP = 1.2  # m/s to the side, of a lead car that is told to leave its lane: the same
+PACE, NEAR = (0.9, 1.25), (0.7, 1.3)  # of the usual wished speed and headway: between these, people differ
+POLITENESS, PATIENCE = (2.5, 5.5), (0.2, 0.6)  # as POLITE and GAP
+BRAKING = 0.5  # share of the cars that brake, of those that cut in alone
+KNOWN = 0.03  # metres, or radians that the ego car has turned: who knows what is told of a clip knows that much
+TWINS = 100  # draws of wishes
 HORIZON, TIME_STEP = 16, 0.1  # frames and seconds, in which a case must be decided
 COURSES = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]], float)  # quarter turns to the left of the ego car's
 OVERRIDES = {
@@ -50,6 +58,16 @@ class Manner(NamedTuple):
     jam: float  # metres between bumpers in a queue
 
 
+class Temper(NamedTuple):
+    """What somebody on the road wishes, and nobody sees."""
+
+    pace: float = 1.0  # of the usual wished speed
+    headway: float = 1.0  # of the usual
+    polite: float = POLITE  # m/s2
+    gap: float = GAP  # seconds
+    brakes: bool = False  # once it has changed its lane
+
+
 CAR, WALKER = Manner(4.2, 1.8, 2.5, 3.0, 1.0, 1.5), Manner(0.5, 0.5, 2.5, 4.0, 0.3, 0.3)
 
 
@@ -59,14 +77,19 @@ class User:
 
     place: np.ndarray  # (s, d) of its middle
     speed: float  # m/s along its course
-    wish: float  # m/s on a free road; 0 = parked
+    wish: float  # m/s on a free road, usually; 0 = parked
     course: int = 0
     lane: float = 0.0  # d that it steers for, on courses 0 and 2
     wants: float | None = None  # d of the lane that it will change to when that is safe
     ends: float = math.inf  # s of the line where it waits for a gap, CLOSED metres before its lane ends
-    brakes: bool = False  # once it has changed
     manner: Manner = CAR
+    temper: Temper = Temper()
     slip: float = 0.0  # m/s to its left
+
+    @property
+    def free(self) -> float:
+        """m/s on a free road."""
+        return self.wish * self.temper.pace
 
     @property
     def axis(self) -> int:
@@ -104,8 +127,10 @@ class User:
 def idm(me: User, gap: float, closing: float, manner: Manner | None = None) -> float:
     """m/s2 of somebody with `gap` metres (inf: a free road) to who is ahead, to whom it closes up at `closing` m/s."""
     m = manner or me.manner
-    free = m.start * (1 - (me.speed / me.wish) ** 4) if me.wish else -m.brake
-    wanted = m.jam + max(0.0, me.speed * m.headway + me.speed * closing / (2 * math.sqrt(m.start * m.brake)))
+    free = m.start * (1 - (me.speed / me.free) ** 4) if me.wish else -m.brake
+    wanted = m.jam + max(
+        0.0, me.speed * m.headway * me.temper.headway + me.speed * closing / (2 * math.sqrt(m.start * m.brake))
+    )
     return max(-HARDEST, max(free, -m.brake) - m.start * (wanted / max(gap, 0.1)) ** 2)
 
 
@@ -138,13 +163,13 @@ def stop(me: User, way: float) -> float:
 
 
 def may_change(me: User, users: list[User]) -> bool:
-    """Whether neither I nor who is then behind me would have to brake by more than POLITE for whom I come between."""
+    """Whether neither I nor who is then behind me would have to brake hard, by my politeness, for who is in front."""
     changed = replace(me, lane=me.wants)
     for other in users:
         if other is not me and other.course == me.course:
             for back, front in ((changed, other), (other, changed)):
                 way, free = way_to(back, front), idm(back, math.inf, 0.0)
-                if way < math.inf and idm(back, way, back.speed - front.speed) < free - POLITE:
+                if way < math.inf and idm(back, way, back.speed - front.speed) < free - me.temper.polite:
                     return False
     return True
 
@@ -182,8 +207,8 @@ class Zone:
         if ego_out < 0 or other_out < 0:
             self.holder = int(ego_out < 0)
         elif self.ways(held)[0] > held.speed**2 / (2 * held.manner.brake):
-            out = max(other_out / other.wish, arrival(other_out, other.speed, other.manner.start))
-            self.holder = int(out + GAP < arrival(ego_in, ego.speed, follow(ego, users)))
+            out = max(other_out / other.free, arrival(other_out, other.speed, other.manner.start))
+            self.holder = int(out + other.temper.gap < arrival(ego_in, ego.speed, follow(ego, users)))
         if self.detour:
             first, last, lane, home = self.detour
             ego.lane = lane if self.holder == 0 and first < ego.place[0] < last else home
@@ -200,7 +225,7 @@ def step(users: list[User], zone: Zone | None, dt: float) -> None:
         zone.decide(users)
     for me in users:
         if me.wants is not None and may_change(me, users):
-            me.lane, me.wants, me.wish = me.wants, None, me.wish * (0.4 if me.brakes else 1)
+            me.lane, me.wants, me.wish = me.wants, None, me.wish * (0.4 if me.temper.brakes else 1)
     pulls = [min(follow(me, users), zone.pull(k, me) if zone else math.inf) for k, me in enumerate(users)]
     for me, pull in zip(users, pulls, strict=True):
         me.move(pull, dt)
@@ -243,6 +268,8 @@ def wished(case: Case, told: dict) -> list[User]:
     ego, lead = users[:2]
     for user, speed, side in ((ego, "ego", "ego_lane"), (lead, "lead_speed", "lead_lane")):
         user.wish *= {-1: SLOWER, 0: 1.0, 1: FASTER}[told.get(speed, 0)]
+        if user is lead:  # an arrow tells what it does now
+            user.speed, user.slip = user.speed * AT_ONCE[told.get(speed, 0)], SLIP * told.get(side, 0)
         if told.get(side):
             user.wants = user.lane + LANE * told[side]
             if min((abs(user.wants - lane) for lane in case.lanes), default=1) > 0.1:
@@ -285,28 +312,45 @@ def highway(rng: np.random.Generator, name: str, other: User, speed: float) -> C
 
 
 def follow_case(rng: np.random.Generator) -> Case:
-    """A car ahead; the ego car may leave its lane."""
+    """A car ahead, which may be told to speed up, brake, or leave its lane; the ego car may leave it, too."""
     v = rng.uniform(4.5, 9)
     lead = User(at(rng.uniform(8, 14), 0), v, v)
     case = highway(rng, "follow", lead, rng.uniform(3, 9))
-    case.told["ego_lane"] = int(rng.choice([-1, 0, 0, 1]))
+    what, way = rng.choice([None, "lead_speed", "lead_lane"], p=[0.2, 0.4, 0.4]), int(rng.choice([-1, 1]))
+    case.told = {"ego_lane": int(rng.choice([-1, 0, 0, 1]))} | ({what: way} if what else {})
     return case
 
 
 def cut_in(rng: np.random.Generator) -> Case:
-    """A car of the next lane comes into the ego car's, if that leaves the room; then it may brake."""
+    """A car of the next lane comes into the ego car's, if that leaves the room."""
     speed, lane = rng.uniform(6, 9), LANE * rng.choice([-1, 1])
     slower = rng.uniform(-0.3, 1.8)
     ahead, v = 6.4 + 1.7 * slower + rng.uniform(-0.3, 0.7), speed - slower
-    other = User(at(ahead, lane), v, v, lane=lane, wants=0.0, brakes=rng.random() < 0.4)
-    return highway(rng, "cut_in", other, speed)
+    return highway(rng, "cut_in", User(at(ahead, lane), v, v, lane=lane, wants=0.0), speed)
+
+
+def brake(rng: np.random.Generator) -> Case:
+    """The same, and then it brakes."""
+    case = cut_in(rng)
+    case.users[1].temper = Temper(brakes=True)
+    return replace(case, name="brake")
+
+
+def double(rng: np.random.Generator) -> Case:
+    """The same, and a second car comes in from the other side, ahead of the first."""
+    case = cut_in(rng)
+    one = case.users[1]
+    v = one.speed + rng.uniform(2.0, 4.0)
+    two = User(at(one.place[0] + rng.uniform(12, 15), -one.lane), v, v, lane=-one.lane, wants=0.0)
+    away = [u for u in case.users[2:] if u.lane != two.lane]
+    return replace(case, name="double", users=[*case.users[:2], two, *away])
 
 
 def merge(rng: np.random.Generator) -> Case:
     """The same, and its lane ends."""
     case = cut_in(rng)
     other = case.users[1]
-    other.brakes, other.ends = False, float(other.place[0] + other.speed**2 / 4 + rng.uniform(3, 6))
+    other.ends = float(other.place[0] + other.speed**2 / 4 + rng.uniform(3, 6))
     away = [u for u in case.users[2:] if u.lane != other.lane]
     return replace(case, name="merge", users=[*case.users[:2], *away])
 
@@ -345,21 +389,54 @@ def walk(rng: np.random.Generator) -> Case:
 
 
 CASES: dict[str, Callable[[np.random.Generator], Case]] = {
-    "follow": follow_case, "cut_in": cut_in, "merge": merge, "crossing": crossing, "narrow": narrow, "walk": walk,
+    "follow": follow_case, "cut_in": cut_in, "brake": brake, "double": double, "merge": merge, "crossing": crossing,
+    "narrow": narrow, "walk": walk,
 }  # fmt: skip
 
 
+def tempered(case: Case, rng: np.random.Generator, brakes: bool | None = None) -> Case:
+    """The case with wishes of the others drawn anew; `brakes` None: those of the case."""
+    users = copy.deepcopy(case.users)
+    for user in users[1:]:
+        ranges = (PACE, NEAR, POLITENESS, PATIENCE)
+        will = user.temper.brakes if brakes is None or user is not users[1] else brakes
+        user.temper = Temper(*(float(rng.uniform(*span)) for span in ranges), will)
+    return replace(case, users=users)
+
+
+def decided(case: Case) -> bool:
+    """Whether the ego car's motion decides a case (but `follow`): faster, it passes first; slower, all who want to
+    change their lanes have, it passes second, and the other ends 0.8 m or more from where it ended."""
+    first, second = (drive(case, {"ego": ego}, HORIZON, TIME_STEP) for ego in (1, -1))
+    apart = np.abs(first.poses[-1, 1, :2] - second.poses[-1, 1, :2]).max()
+    changed = [abs(second.poses[-1, k, 1] - u.lane) > 0.1 for k, u in enumerate(case.users) if u.wants is not None]
+    return case.name == "follow" or ((first.order, second.order) == ([0, 1], [1, 0]) and all(changed) and apart > 0.8)
+
+
 def draw(rng: np.random.Generator, name: str) -> Case:
-    """A case that the ego car's motion decides (but `follow`): faster, it passes first; slower, second, and the other
-    ends 0.8 m or more from where it ended. Raises RuntimeError if a thousand scenes have no such case."""
+    """A case that is decided. Raises RuntimeError if a thousand scenes have none."""
     for _ in range(1000):
-        case = CASES[name](rng)
+        case = tempered(CASES[name](rng), rng)
         case.told = {"ego": int(rng.integers(-1, 2))} | case.told
-        first, second = (drive(case, {"ego": ego}, HORIZON, TIME_STEP) for ego in (1, -1))
-        apart = np.abs(first.poses[-1, 1, :2] - second.poses[-1, 1, :2]).max()
-        if name == "follow" or (first.order, second.order) == ([0, 1], [1, 0]) and apart > 0.8:
+        if decided(case):
             return case
     raise RuntimeError(f"the case {name}: in a thousand scenes, the ego motion does not decide who passes first")
+
+
+def twin(case: Case, told: dict, drove: Drive, dt: float, rng: np.random.Generator) -> tuple[Case, Drive]:
+    """The case with other wishes of the others, and how it then goes on; `drove` is how it went.
+
+    What is told of a clip stays true: the ego car's mean step and, of the others, the first one. (Wishes with which
+    that is so are drawn until they are found, TWINS times at most: then the case is its own twin.)"""
+    frames = len(drove.poses) - 1
+    for _ in range(TWINS):
+        other = tempered(case, rng, bool(rng.random() < BRAKING) if case.name in ("cut_in", "brake") else None)
+        again = drive(other, told, frames, dt)
+        apart = np.abs(again.poses - drove.poses)
+        as_told = max(*apart[-1, 0, :2] / frames, apart[-1, 0, 2], apart[1, 1:, :2].max()) < KNOWN
+        if as_told and decided(other):
+            return other, again
+    return case, drove
 
 
 def on_road(poses: np.ndarray, curvature: float) -> np.ndarray:

@@ -14,8 +14,13 @@ from clips.traffic import (
     CLOSED,
     HARDEST,
     LANE,
+    NEAR,
+    PACE,
+    PATIENCE,
+    POLITENESS,
     SIDEWAYS,
     WALKER,
+    Temper,
     User,
     arrival,
     at,
@@ -25,6 +30,7 @@ from clips.traffic import (
     in_order,
     on_road,
     step,
+    twin,
 )
 
 DECIDED = [name for name in CASES if name != "follow"]
@@ -118,7 +124,7 @@ def wishes_of(case):
 def test_bodies_never_overlap(name):
     for seed in range(20):
         case = case_of(name, seed)
-        for told in wishes_of(case):
+        for told in [*wishes_of(case), case.told]:
             poses = drive(case, told, 50, DT).poses
             for t, row in enumerate(poses):
                 shapes = [body(pose, user.manner, 0.05) for pose, user in zip(row, case.users, strict=True)]
@@ -149,7 +155,7 @@ def test_speeds_and_accelerations_are_those_of_the_rules(name):
             pull = np.diff(drove.speeds, axis=0) / DT
             start = np.array([user.manner.start for user in case.users])
             assert (drove.speeds >= 0).all() and (pull >= -HARDEST - 1e-9).all() and (pull <= start + 1e-9).all()
-            most = np.maximum([1.5 * user.wish for user in case.users], drove.speeds[0])
+            most = np.maximum([1.5 * user.free for user in case.users], drove.speeds[0])
             assert (drove.speeds <= most + 1e-9).all()
             aside = np.diff(drove.poses[:, :, 1], axis=0) / DT * [user.axis == 0 for user in case.users]
             assert np.abs(np.diff(aside, axis=0)[np.abs(pull[1:]) < 1]).max(initial=0) <= SIDEWAYS * DT + 0.35 * DT
@@ -196,12 +202,17 @@ def test_arrival_is_when_the_way_is_done():
 
 
 def test_the_arrow_of_a_lead_car_says_where_it_goes():
+    """And what it does in the first step shows it."""
     for seed in range(20):
         case = case_of("follow", seed)
         s = [drive(case, {"lead_speed": k}, 16, DT).poses[-1, 1, 0] for k in (-1, 0, 1)]
         assert s[1] - s[0] > 1 and s[2] - s[1] > 1, seed
         d = [drive(case, {"lead_lane": k}, 16, DT).poses[-1, 1, 1] for k in (-1, 0, 1)]
         assert d[0] < -0.8 and d[1] == 0 and d[2] > 0.8, seed
+        first = {(k, n): drive(case, {n: k}, 1, DT).poses[1, 1] for k in (-1, 1) for n in ("lead_speed", "lead_lane")}
+        way = [first[k, "lead_speed"][0] - case.users[1].place[0] for k in (-1, 1)]
+        assert way[1] > 1.5 * way[0] > 0, seed
+        assert first[1, "lead_lane"][1] > 0.05 and first[-1, "lead_lane"][1] < -0.05, seed
         ego = [drive(case, {"ego_lane": k}, 16, DT).poses[-1, 0, 1] for k in (-1, 0, 1)]
         assert ego[0] < -0.5 and ego[1] == 0 and ego[2] > 0.5, seed
 
@@ -212,16 +223,91 @@ def test_a_lane_that_is_not_there_is_refused():
 
 
 def test_cut_ins_come_from_both_sides_and_some_brake():
-    cases = [case_of("cut_in", seed) for seed in range(40)]
-    assert {np.sign(case.users[1].lane) for case in cases} == {-1, 1}
-    braking = [case for case in cases if case.users[1].brakes]
-    assert 5 < len(braking) < 30
-    for case in braking:
+    for name in ("cut_in", "brake"):
+        cases = [case_of(name, seed) for seed in range(12)]
+        assert {np.sign(case.users[1].lane) for case in cases} == {-1, 1}
+        assert {case.users[1].temper.brakes for case in cases} == {name == "brake"}
+    for case in cases:
         calm = replace(case, users=copy.deepcopy(case.users))
-        calm.users[1].brakes = False
+        calm.users[1].temper = case.users[1].temper._replace(brakes=False)
         hard, soft = (drive(it, {"ego": -1}, 30, DT) for it in (case, calm))
         assert hard.speeds[-1, 1] < soft.speeds[-1, 1] - 1
         assert hard.speeds[-1, 0] <= soft.speeds[-1, 0] + 1e-9  # so does who drives behind it
+
+
+def test_two_cut_in_from_both_sides_and_only_one_where_the_ego_car_is_faster():
+    sides = set()
+    for seed in range(12):
+        case = case_of("double", seed)
+        ego, one, two = case.users[:3]
+        assert one.lane == -two.lane and abs(one.lane) == LANE and ego.lane == 0
+        let, fast = (drive(case, {"ego": ego}, 16, DT).poses for ego in (-1, 1))
+        assert np.abs(let[-1, 1:3, 1]).max() < LANE - 0.1 and (let[-1, 1:3, 0] > let[-1, 0, 0]).all()
+        assert abs(fast[-1, 2, 1]) < LANE - 0.1 and (fast[-1, 1, 1] == one.lane or fast[-1, 1, 0] < fast[-1, 0, 0])
+        assert abs(let[3, 1, 1] - one.lane) > 0 or abs(let[3, 2, 1] - two.lane) > 0
+        sides.add(one.lane)
+    assert sides == {-LANE, LANE}
+
+
+# --------------------------------------------------------------------------- what the others wish, and nobody sees
+
+
+def test_every_wish_changes_a_drive():
+    """Somebody who wishes more room, or to go faster, does so; each alone."""
+    case = case_of("follow", 0)
+    base = case.users[1]
+
+    def with_wish(case, **wish):
+        users = copy.deepcopy(case.users)
+        users[1].temper = Temper(**wish)
+        return replace(case, users=users)
+
+    ends = [drive(with_wish(case, pace=pace), {}, 16, DT).poses[-1, 1, 0] for pace in PACE]
+    assert ends[1] > ends[0] + 0.2
+    assert idm(replace(base, temper=Temper(headway=NEAR[0])), 8, 0) > idm(
+        replace(base, temper=Temper(headway=NEAR[1])), 8, 0
+    )
+    crossing = [case_of("crossing", seed) for seed in range(30)]
+    first = [[drive(with_wish(it, gap=gap), {"ego": 0}, 16, DT).order for it in crossing] for gap in (-1.0, 3.0)]
+    assert sum(order == [1, 0] for order in first[0]) > sum(order == [1, 0] for order in first[1])
+    cuts = [case_of("cut_in", seed) for seed in range(30)]
+    moved = [sum(drive(with_wish(it, polite=polite), {"ego": 1}, 4, DT).poses[-1, 1, 1] != it.users[1].lane
+                 for it in cuts) for polite in (0.5, 50.0)]  # fmt: skip
+    assert moved[1] > moved[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_twin_begins_as_the_scene_with_the_same_ego_motion_and_other_wishes(name):
+    own, ends = 0, []
+    for seed in range(12):
+        case = case_of(name, seed)
+        drove = drive(case, case.told, 16, DT)
+        other, again = twin(case, case.told, drove, DT, np.random.default_rng([seed, 7]))
+        own += other is case
+        assert (again.poses[0] == drove.poses[0]).all() and (again.speeds[0] == drove.speeds[0]).all()
+        assert np.abs(again.poses[1, 1:, :2] - drove.poses[1, 1:, :2]).max() < 0.03
+        assert np.abs(again.poses[-1, 0, :2] - drove.poses[-1, 0, :2]).max() < 0.03 * 16
+        assert other.users[0].temper == case.users[0].temper == Temper()
+        wishes = [[user.temper[:4] for user in it.users[1:]] for it in (case, other)]
+        assert other is case or not np.isin(wishes[0], wishes[1]).any()
+        for temper in (user.temper for user in other.users[1:]):
+            for value, (low, high) in zip(temper, (PACE, NEAR, POLITENESS, PATIENCE), strict=False):
+                assert low <= value <= high
+        ends.append(np.abs(again.poses[-1, 1:, :2] - drove.poses[-1, 1:, :2]).max())
+    assert own <= 3 and max(ends) > 0.1
+    same = twin(case, case.told, drove, DT, np.random.default_rng([seed, 7]))[1]
+    assert (same.poses == again.poses).all()
+
+
+def test_who_cuts_in_may_brake_in_a_twin_or_not():
+    brakes = {name: [] for name in ("cut_in", "brake", "merge")}
+    for name, found in brakes.items():
+        for seed in range(12):
+            case = case_of(name, seed)
+            told = {"ego": 1}  # who comes in behind brakes for nobody: the ego car's motion does not tell it
+            made, _ = twin(case, told, drive(case, told, 16, DT), DT, np.random.default_rng([seed, 7]))
+            found.append(made.users[1].temper.brakes)
+    assert set(brakes["cut_in"]) == set(brakes["brake"]) == {True, False} and set(brakes["merge"]) == {False}
 
 
 def test_who_has_to_leave_a_lane_stops_at_its_end():
