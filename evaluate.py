@@ -99,7 +99,7 @@ def one_arrow(scene: Scene, push: str, config: StageConfig) -> tuple[Tensor, Ten
     [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay; of cars, which drive by themselves,
     the first step is told."""
     flow, ids = scene.truth[push]["flow"], scene.truth[push]["segmentation"]
-    if push == "arrow" and not scene.pushed and scene.meta[push].get("scenario") == "driving":
+    if push != "none" and not scene.pushed and scene.meta[push].get("scenario") == "driving":
         return instance_flow(flow, ids, "start"), (ids[:1] > 0).float()
     if push == "none" or not scene.pushed:
         return torch.zeros_like(flow[0]), (ids[:1] > 0).float()
@@ -159,7 +159,7 @@ class Sampler:
         told = {
             "frames": rgb.shape[1], "steps": self.settings["sampling_steps"],
             "guidance": tuple(self.settings["guidance"]),
-            "fps": stacked(scenes, "arrow", "fps"), "camera": stacked(scenes, "arrow", "camera"), "mask": mask,
+            "fps": stacked(scenes, "arrow", "fps"), "camera": stacked(scenes, push, "camera"), "mask": mask,
             "progress": partial(tqdm, desc=kind, leave=False, disable=self.quiet),
             # Every batch has noise of its own, the same for every kind of push: pairs differ by the arrow alone.
             "generator": torch.Generator().manual_seed(seed_of(*noise)),
@@ -183,7 +183,8 @@ class Sampler:
     @torch.no_grad()
     def codec(self, scenes: list[Scene], push: str) -> Maps:
         vae, maps = self.model.vae, {}
-        for name in ("rgb", "flow", "segmentation", "depth") if push == "arrow" else ("flow",):
+        parts = {"arrow": ("rgb", "flow", "segmentation", "depth"), "opposite": ("flow", "segmentation", "depth")}
+        for name in parts.get(push, ("flow",)):
             value = stacked(scenes, push, name)
             first = value[:, 0] if name in ("segmentation", "depth") else None
             maps[name] = round_trip(vae, name, value, first)
@@ -230,7 +231,8 @@ def twin_of(scene: Scene) -> Views:
     if "twin" not in scene.truth:
         return {}
     twin = dict(scene.truth["twin"])
-    return {"arrow": twin | {"rgb_own": twin.pop("rgb"), "told": twin["segmentation"]}}
+    other = {"opposite": scene.truth["twin_opposite"]} if "twin_opposite" in scene.truth else {}
+    return {"arrow": twin | {"rgb_own": twin.pop("rgb"), "told": twin["segmentation"]}} | other
 
 
 def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int) -> list[Views]:
@@ -359,7 +361,7 @@ def features_of(arguments: argparse.Namespace, device: str) -> Features:
 def rules() -> dict[str, float]:
     """What the measures count by, from the modules that use it."""
     of = {metrics.motion: ("MOVING", "RESAMPLES"), metrics.frechet: ("SET_RESAMPLES",)}
-    of[metrics.physics] = ("TILT", "HEIGHT", "RIGHT_WAY", "HIT")
+    of[metrics.physics] = ("TILT", "HEIGHT", "RIGHT_WAY", "HIT", "SHOWN", "APART")
     return {name: getattr(module, name) for module, names in of.items() for name in names} | {"STRONGER": STRONGER}
 
 

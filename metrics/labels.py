@@ -23,6 +23,8 @@ LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is be
     "silhouette_last": "silhouette IoU, last frame, ids ↑",
     "both_ways": "push and opposite push: both go the right way ↑",
     "both_all_right": "push and opposite push: all that fell right in both ↑",
+    "ego_pairs": "driving: two ego motions, after each the other car does what it truly does ↑",
+    "lead_way": "driving: the lead car goes where its arrow says ↑",
     "standing": "all told to stay: objects that stay standing ↑",
     "quiet": "all told to stay: mean flow / that with the arrow ↓",
     "sooner": "push 1.6 times as hard: half of the motion sooner ↑",

@@ -154,9 +154,9 @@ def summarise(*groups: list[dict[str, Sums]]) -> dict[str, dict]:
 
 def by_scenario(rows: dict[str, list[dict[str, Sums]]], scenarios: list[str]) -> dict[str, dict[str, dict]]:
     """Figures of every clip by source, and the clips' scenarios -> `summarise` by scenario and source, and as "mean"
-    that of all scenarios but driving, whose camera moves, too."""
+    that of all scenarios but driving, whose camera moves, and branch, which is dominoes again."""
     places = {name: [i for i, of in enumerate(scenarios) if of == name] for name in dict.fromkeys(scenarios)}
     picked = {name: {source: [some[i] for i in ours] for source, some in rows.items()} for name, ours in places.items()}
     found = {name: {source: summarise(some) for source, some in parts.items()} for name, parts in picked.items()}
-    rest = [parts for name, parts in picked.items() if name != "driving"]
+    rest = [parts for name, parts in picked.items() if name not in ("driving", "branch")]
     return found | {"mean": {source: summarise(*(parts[source] for parts in rest)) for source in rows}}

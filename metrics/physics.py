@@ -36,6 +36,8 @@ TILT = 30.0  # degrees from the vertical: what leans more has fallen (as `simula
 HEIGHT = 0.85  # of the height in the first frame: what is lower has fallen
 RIGHT_WAY = 0.25  # of the true displacement along its direction: what moves as far goes the right way
 HIT = 2.0  # pixels: what is hit moves by more
+SHOWN = 8  # pixels of a car, at least, that say where it is
+APART = 0.5  # metres: two drives that end nearer to one another do not differ
 
 # What clips.simulate writes into `meta`, and other clips lack: who is hit, and how the scene is simulated again.
 HIT_TRUTH = {"touching", "fixed", "poses", "contacts", "camera", "focal", "pushed"}
@@ -197,6 +199,53 @@ def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
     return figures
 
 
+# -------------------------------------------------------------------------------------- what became of the other car
+
+
+def place(maps: Maps, meta: dict, instance: int, t: int) -> np.ndarray | None:
+    """Where on the ground an object is seen in frame t, [2] in metres: the mean of its pixels at the median of their
+    depths, by the true camera. None where fewer than SHOWN pixels are its own."""
+    y, x = (maps["segmentation"][t] == instance).nonzero(as_tuple=True)
+    if len(y) < SHOWN:
+        return None
+    (height, width), camera = maps["segmentation"].shape[1:], np.array(meta["camera"][t])
+    aside, below = x.double().mean().item() - (width - 1) / 2, y.double().mean().item() - (height - 1) / 2
+    ray = np.array([aside / meta["focal"], below / meta["focal"], 1.0])
+    return (camera[0] + maps["depth"][t][y, x].median().item() * ray @ camera[1:])[:2]
+
+
+def as_told(made: dict[str, Maps], scene: Scene, kind: str, rival: str) -> bool | None:
+    """Whether the other car of a drive does what it truly does after what was told, and not what it does in the rival
+    drive, which begins with the same picture: in the last frame that truly shows it, it is seen nearer to where it
+    then is. None where that is not asked: the two places are less than APART from one another, or it is never seen."""
+    meta, true = scene.meta[kind], scene.truth[kind]
+    other = meta["other"]
+    shown = ((true["segmentation"] == other).sum(dim=(1, 2)) >= SHOWN).nonzero().flatten().tolist()
+    if not shown or other not in true["segmentation"][0]:
+        return None
+    t = shown[-1]
+    there, said = place(true, meta, other, t), place(made[kind], meta, other, t)
+    apart = np.subtract(*(np.array(scene.meta[which]["poses"])[t, other - 1, :2] for which in (rival, kind)))
+    if np.linalg.norm(apart) < APART:
+        return None
+    return said is not None and bool(np.linalg.norm(said - there) < np.linalg.norm(said - there - apart))
+
+
+def drive_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
+    """Two drives that begin with the same picture, "arrow" and "opposite", by ids, depth and the true camera.
+
+    ego_pairs: told one ego motion, and the other, the other car does what it truly does after each. lead_way: where
+    the lead car is told to go faster or slower, or to the left or right, it does (of each drive by itself)."""
+    if "told" not in scene.meta["arrow"] or scene.meta["opposite"] is scene.meta["arrow"]:
+        return {}
+    if not all({"segmentation", "depth"} <= made[kind].keys() for kind in ("arrow", "opposite")):
+        return {}
+    right = [as_told(made, scene, *kinds) for kinds in (("arrow", "opposite"), ("opposite", "arrow"))]
+    if scene.meta["arrow"]["case"] == "follow":
+        return {"lead_way": (sum(map(bool, right)), sum(each is not None for each in right))}
+    return {} if None in right else {"ego_pairs": mean_of(all(right))}
+
+
 # ------------------------------------------------------------------------------------- what the figures are, by clip
 
 
@@ -205,7 +254,7 @@ class Scene:
     """A held-out clip and what else would have happened there: truth by kind of push, and the simulator's meta."""
 
     path: Path
-    truth: dict[str, Maps]  # "arrow" (the clip itself), "opposite", "stronger", "none"; "twin"
+    truth: dict[str, Maps]  # "arrow" (the clip itself), "opposite", "stronger", "none"; "twin", "twin_opposite"
     meta: dict[str, dict]
 
     @property
@@ -344,6 +393,7 @@ def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     if "flow" in arrow:
         figures |= flow_error(arrow["flow"], true["flow"])
         figures |= other_pushes(made, scene) if {"opposite", "stronger"} <= made.keys() else {}
+    figures |= drive_figures(made, scene) if "opposite" in made else {}
     if (true["flow"].norm(dim=1) > MOVING).any():  # else a still picture is perfect: its decibels drown the others
         figures |= {"psnr": mean_of(psnr(arrow["rgb"], true["rgb"]))} if "rgb" in arrow else {}
         figures["psnr_own"] = mean_of(psnr(arrow["rgb_own"], true["rgb"]))

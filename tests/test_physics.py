@@ -196,7 +196,7 @@ def test_scenes_get_their_twin_once(tmp_path, monkeypatch):
     scenes = {path.stem: truth_of(path, 4, "cpu") for path in tmp_path.glob("*.safetensors")}  # the first 4 frames
     for scene in scenes.values():
         evaluate.add_twin(scene, tmp_path / "cache", "cpu")
-    assert {name for name, scene in scenes.items() if "twin" in scene.truth} == {"collide"}
+    assert {name for name, scene in scenes.items() if "twin" in scene.truth} == {"collide", "driving"}
     twin = scenes["collide"].truth["twin"]
     assert len(scenes["collide"].meta["twin"]["poses"]) == 7  # the whole scene again
     expected = simulate.simulate("collide", 9_000_002, 6, (32, 16), {"hidden": 0}).tensors()
@@ -205,6 +205,118 @@ def test_scenes_get_their_twin_once(tmp_path, monkeypatch):
     again = truth_of(tmp_path / "collide.safetensors", 4, "cpu")
     evaluate.add_twin(again, tmp_path / "cache", "cpu")
     assert torch.equal(again.truth["twin"]["flow"], twin["flow"])
+
+
+@pytest.mark.parametrize("told", [{}, {"strength": 2.5, "side": -1}, {"strength": 0.0}, {"still": True}])
+def test_the_twin_of_a_clip_is_told_what_the_clip_is_told(tmp_path, told):
+    still = told.pop("still", False)
+    clip = simulate.simulate("collide", 9_000_004, 6, (32, 16), told, still)
+    clip.save(tmp_path / "clip.safetensors")
+    scene = truth_of(tmp_path / "clip.safetensors", 6, "cpu")
+    evaluate.add_twin(scene, tmp_path / "cache", "cpu")
+    twin = scene.meta["twin"]
+    assert {name: twin[name] for name in ("push", "side", "strength", "pushed")} == {
+        name: clip.meta[name] for name in ("push", "side", "strength", "pushed")
+    }
+    assert twin.get("still") == clip.meta.get("still") and twin["hidden"] != clip.meta["hidden"]
+
+
+def test_a_twin_of_a_drive_has_its_picture_its_ego_motion_and_other_wishes():
+    for seed in (9_000_005, 9_000_006):
+        told = {"ego": 1}
+        clip = simulate.simulate("driving", seed, 8, (48, 24), told)
+        twins = [simulate.simulate("driving", seed, 8, (48, 24), told | {"hidden": k}) for k in (0, 0, 1)]
+        assert twins[0].meta == twins[1].meta and twins[0].meta["hidden"] != twins[2].meta["hidden"]
+        assert len(clip.meta["hidden"]["tempers"]) == len(clip.meta["poses"][0])
+        assert clip.meta["hidden"]["tempers"][0].keys() == {"pace", "headway", "polite", "gap", "brakes"}
+        for twin in twins:
+            assert (twin.rgb[0] == clip.rgb[0]).all() and (twin.depth[0] == clip.depth[0]).all()
+            assert twin.meta["told"] == clip.meta["told"] and twin.meta["other"] == clip.meta["other"]
+            assert np.abs(twin.camera.mean(0) - clip.camera.mean(0)).max() < 0.1
+            assert twin.meta["hidden"] != clip.meta["hidden"]
+        assert any(twin.meta["poses"] != clip.meta["poses"] for twin in twins)
+
+
+# --------------------------------------------------------------------------------- what became of the other car
+
+
+def drives(way, rival, case="merge", frames=4, depth=10.0):
+    """A scene with two drives of car 2, by their ways to the left in metres; the camera stands at 0 and looks along x,
+    at 10 m a metre is 4 pixels. And its maps by kind."""
+    camera = [[[0, 0, 0], [0, -1, 0], [0, 0, -1], [1, 0, 0]]] * (frames + 1)
+    truth, meta = {}, {}
+    for kind, aside in (("arrow", way), ("opposite", rival)):
+        ids, poses = torch.zeros(frames, 9, 41, dtype=torch.long), np.zeros((frames + 1, 2, 7))
+        poses[:, 1, 0] = depth
+        for t in range(frames + 1):
+            poses[t, 1, 1] = aside * t / (frames - 1)
+            x = round(20 - 4 * poses[t, 1, 1])
+            if t < frames and x > 0:
+                ids[t, 3:6, x - 1 : x + 2] = 2
+        truth[kind] = {"segmentation": ids, "depth": torch.full((frames, 9, 41), depth)}
+        meta[kind] = {"poses": poses.tolist(), "camera": camera, "focal": 40.0, "other": 2, "case": case, "told": {}}
+    return Scene(None, truth, meta)
+
+
+def test_where_the_other_car_goes_by_hand():
+    scene = drives(2.0, -1.0)
+    said = {way: drives(way, way).truth["arrow"] for way in (2.0, 0.75, 0.25, -1.0)}
+
+    def right(arrow, opposite):
+        return metrics.drive_figures({"arrow": said[arrow], "opposite": said[opposite]}, scene)["ego_pairs"]
+
+    assert right(2.0, -1.0) == right(0.75, 0.25) == (1, 1)  # nearer to its own than to the rival's, in both
+    assert right(0.25, -1.0) == right(2.0, 0.75) == right(2.0, 2.0) == right(-1.0, 2.0) == (0, 1)
+    lead = drives(2.0, -1.0, "follow")
+    found = metrics.drive_figures({"arrow": said[2.0], "opposite": said[2.0]}, lead)
+    assert found == {"lead_way": (1, 2)}
+    assert metrics.drive_figures(scene.truth, scene) == {"ego_pairs": (1, 1)}
+    assert metrics.drive_figures(drives(0.2, -0.2).truth, drives(0.2, -0.2)) == {}  # not apart
+    flow = {"flow": torch.zeros(1)}
+    assert metrics.drive_figures({"arrow": said[2.0], "opposite": flow}, scene) == {}
+
+
+def test_depth_says_how_far_the_other_car_is_and_a_lost_one_is_wrong():
+    scene = drives(0.0, 0.0)
+    for kind, depth in (("arrow", 12.0), ("opposite", 9.0)):  # at the last frame
+        scene.meta[kind]["poses"][3][1][0] = depth
+        scene.truth[kind]["depth"][3] = depth
+    assert metrics.drive_figures(scene.truth, scene) == {"ego_pairs": (1, 1)}
+    swapped = {"arrow": scene.truth["opposite"], "opposite": scene.truth["arrow"]}
+    assert metrics.drive_figures(swapped, scene) == {"ego_pairs": (0, 1)}
+    gone = scene.truth["arrow"] | {"segmentation": torch.zeros_like(scene.truth["arrow"]["segmentation"])}
+    assert metrics.drive_figures(scene.truth | {"arrow": gone}, scene) == {"ego_pairs": (0, 1)}
+
+
+def test_a_car_that_has_left_counts_where_it_was_seen_last():
+    scene = drives(6.5, 3.0)  # after 20 pixels, 5 m, it is out: in frame 2, it is 4.33 m to the left
+    assert not (scene.truth["arrow"]["segmentation"][3] == 2).any()
+    assert metrics.drive_figures(scene.truth, scene) == {"ego_pairs": (1, 1)}
+    wrong = drives(3.0, 3.0).truth["arrow"]
+    assert metrics.drive_figures(scene.truth | {"arrow": wrong}, scene) == {"ego_pairs": (0, 1)}
+
+
+def test_the_truth_knows_what_becomes_of_the_other_and_a_still_picture_does_not(tmp_path):
+    sums = {source: {} for source in ("truth", "still", "twin", "swapped")}
+    for seed in range(9_000_100, 9_000_106):
+        simulate.simulate("driving", seed, 16, (64, 32)).save(tmp_path / "clip.safetensors")
+        scene = truth_of(tmp_path / "clip.safetensors", 16, "cpu")
+        evaluate.add_other_pushes(scene, tmp_path / str(seed), "cpu")
+        evaluate.add_twin(scene, tmp_path / str(seed), "cpu")
+        if scene.meta["opposite"] is scene.meta["arrow"]:
+            assert scene.meta["arrow"]["case"] == "follow" and "twin_opposite" not in scene.truth
+            continue
+        pairs = {"truth": scene.truth, "still": {kind: frozen(scene.truth[kind]) for kind in ("arrow", "opposite")}}
+        pairs["twin"] = {"arrow": scene.truth["twin"], "opposite": scene.truth["twin_opposite"]}
+        pairs["swapped"] = {"arrow": scene.truth["opposite"], "opposite": scene.truth["arrow"]}
+        for source, made in pairs.items():
+            for name, figure in metrics.drive_figures(made, scene).items():
+                sums[source][name] = np.add(sums[source].get(name, 0), figure)
+    assert sums["truth"].keys() == {"ego_pairs", "lead_way"} and sums["truth"]["ego_pairs"][1] >= 2
+    rate = {source: {name: a / b for name, (a, b) in found.items()} for source, found in sums.items()}
+    assert set(rate["truth"].values()) == {1.0} and min(rate["twin"].values()) > 0.7
+    assert rate["still"]["ego_pairs"] < 0.5 and rate["still"]["lead_way"] <= 0.8
+    assert rate["swapped"]["lead_way"] < 0.5
 
 
 # ---------------------------------------------------------------------------------------- what is defined everywhere
@@ -241,7 +353,7 @@ def test_of_every_car_the_first_step_is_told(tmp_path):
         where = ids[0] == i
         if where.any():
             assert (F[:, where] - flow[0][:, where].mean(dim=1, keepdim=True)).abs().max() < 1e-4
-    assert F.norm(dim=0).max() > 0.2 and (F[:, ids[0] == 0] == 0).all()
+    assert F.norm(dim=0).max() > 0.1 and (F[:, ids[0] == 0] == 0).all()
 
 
 def test_figures_by_scenario_and_their_mean_by_hand():
@@ -276,7 +388,7 @@ def test_tables_by_scenario_from_the_command_line(tmp_path, monkeypatch, capsys)
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in printed[head + 2 : head + 6]}
     assert lines.keys() == {"collide", "driving", "roll", "mean"}
     assert lines["mean"][1].startswith("1.000") and lines["mean"][4].startswith("0.000")
-    assert lines["driving"][3] == "-" != lines["collide"][3]  # a twin of cars on their paths would be the same
+    assert "-" not in (lines["driving"][3], lines["collide"][3])
     result = json.loads((tmp_path / "all.json").read_text())["scenarios"]
     parts = [result[name]["twin"]["epe_relative"]["value"] for name in ("collide", "roll")]
     assert result["mean"]["twin"]["epe_relative"]["value"] == pytest.approx(sum(parts) / 2)

@@ -27,8 +27,9 @@ def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene
 
 
 def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
-    """Simulates the scene again with the opposite and with a harder push; without one, nothing moves. A clip that is
-    not from clips.simulate stays as it is.
+    """Simulates the scene again with the opposite and with a harder push; without one, nothing moves. Of a drive, the
+    opposite is another ego motion, or another one of the lead car (`turned`). A clip that is not from clips.simulate
+    stays as it is.
 
     Raises ValueError when the clip has more frames than are looked at."""
     meta, maps = scene.meta["arrow"], scene.truth["arrow"]
@@ -38,21 +39,49 @@ def add_other_pushes(scene: Scene, cache: Path, device: str) -> None:
     if len(meta["poses"]) != frames + 1:
         raise ValueError(f"{scene.path}: has {len(meta['poses']) - 1} frames, the model makes {frames}")
     scene.truth["none"], scene.meta["none"] = frozen(maps), meta | {"fallen": []}
-    for kind, push in (("opposite", {"side": -meta["side"]}), ("stronger", {"strength": STRONGER * meta["strength"]})):
-        if not scene.pushed:
-            scene.truth[kind], scene.meta[kind] = maps, meta
-            continue
-        other = truth_of(again(scene, kind, push, cache), frames, device)
-        scene.truth[kind], scene.meta[kind] = other.truth["arrow"], other.meta["arrow"]
+    others = {"opposite": turned(meta), "stronger": None}
+    if scene.pushed:
+        others = {"opposite": {"side": -meta["side"]}, "stronger": {"strength": STRONGER * meta["strength"]}}
+    for kind, push in others.items():
+        scene.truth[kind], scene.meta[kind] = maps, meta
+        if push:
+            other = truth_of(again(scene, kind, push, cache), frames, device)
+            scene.truth[kind], scene.meta[kind] = other.truth["arrow"], other.meta["arrow"]
+
+
+def turned(meta: dict) -> dict | None:
+    """What is told of a drive so that it ends differently for the other car: the lead car's wish is turned round, or
+    the ego car is slow enough to pass second, or, if it was that, fast enough to pass first. None where nothing of that
+    is told, and in other scenarios."""
+    if "told" not in meta:
+        return None
+    told = meta["told"]
+    if meta["case"] != "follow":
+        return told | {"ego": 1 if meta["order"][:1] == ["other"] else -1}
+    lead = {name: -told[name] for name in ("lead_speed", "lead_lane") if told.get(name)}
+    return told | lead if lead else None
 
 
 def add_twin(scene: Scene, cache: Path, device: str, marked: str = "all") -> None:
-    """Simulates the scene again with what no picture shows redrawn, as truth "twin". A clip has none that is not from
-    clips.simulate, or in which nothing is hidden."""
-    meta, frames = scene.meta["arrow"], len(scene.truth["arrow"]["flow"])
-    if meta.get("hidden"):
-        twin = truth_of(again(scene, "twin", {"hidden": 0}, cache), frames, device, marked)
-        scene.truth["twin"], scene.meta["twin"] = twin.truth["arrow"], twin.meta["arrow"]
+    """Simulates the scene again with what no picture shows redrawn, as truth "twin"; of a drive with an opposite, that
+    too, as "twin_opposite". A clip has none that is not from clips.simulate, or in which nothing is hidden."""
+    frames = len(scene.truth["arrow"]["flow"])
+    for kind, name in (("arrow", "twin"), ("opposite", "twin_opposite")):
+        meta = scene.meta.get(kind, {})
+        if (
+            meta.keys() >= PUSH_TRUTH
+            and meta.get("hidden")
+            and (kind == "arrow" or ("told" in meta and meta is not scene.meta["arrow"]))
+        ):
+            twin = truth_of(again(scene, name, wishes(meta) | {"hidden": 0}, cache), frames, device, marked)
+            scene.truth[name], scene.meta[name] = twin.truth["arrow"], twin.meta["arrow"]
+
+
+def wishes(meta: dict) -> dict:
+    """The push of `simulate` that makes a clip what it is."""
+    if meta.get("still"):
+        return {}
+    return meta["told"] if "told" in meta else {"side": meta["side"], "strength": meta["strength"]}
 
 
 def again(scene: Scene, kind: str, push: dict, cache: Path) -> Path:
@@ -63,5 +92,6 @@ def again(scene: Scene, kind: str, push: dict, cache: Path) -> Path:
     if not path.exists():
         from clips.simulate import simulate  # needs mujoco, which nothing else here does
 
-        simulate(meta["scenario"], meta["seed"], frames, (width, height), push).save(path)
+        still = meta.get("still", False)  # such a scene has no other push, but it has a twin
+        simulate(meta["scenario"], meta["seed"], frames, (width, height), push, still).save(path)
     return path
