@@ -493,7 +493,6 @@ class SmallStageConfig(StageConfig):
     told: bool = False  # C^(s) sees where F tells something: "told to stay" is not "not told"
     draft: bool = False  # Stage II sees and corrects a draft of every frame (`draft_video`) for I_0's latents
     mask_start: float = 0.0  # share of clips that show the arrows of what moves at once (the push), and no other
-    still_ratio: float = 0.0  # share of clips shown as if nobody had pushed: nothing moves (scenes at rest)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -274,28 +274,6 @@ def test_a_share_of_clips_shows_the_arrows_of_what_moves_at_once_alone(vae, towe
     assert (cond.first_pictures[:, 9] == torch.from_numpy(ids > 0)).all()  # there is nothing to choose
 
 
-@pytest.mark.parametrize("config", [ONE, TWO])
-def test_a_share_of_clips_is_shown_at_rest(vae, tower, config):
-    """As a clip whose frames are all frame 0, by a camera that stands."""
-    stage = tiny_stage(small(replace(config, mask_ratio=0.0), still_ratio=0.4, draft=config is TWO))
-    clip = patchwork(0, camera=(1.0, 2.0), bucket=30)
-    told = many(encoded(stage, vae, tower, clip), 300)
-    batch = training_batch(stage, told, vae, drawn(), ALL)
-    still = (batch.condition.camera == 0).all(dim=1)
-    assert about(still.float().mean(), 0.4, 300)
-    maps = {name: getattr(clip, name)[:1].repeat(FRAMES, 0) for name in ("rgb", "segmentation", "depth")}
-    frozen = Clip(flow=np.zeros_like(clip.flow), **maps)
-    usual = tiny_stage(small(replace(config, mask_ratio=0.0), draft=config is TWO))
-    for source, rows in ((frozen, still), (clip, ~still)):
-        rest = training_batch(usual, many(encoded(usual, vae, tower, source), 300), vae, drawn(), ALL)
-        torch.testing.assert_close(batch.x0[rows], rest.x0[rows], rtol=1e-4, atol=1e-5)
-        assert torch.equal(batch.M[rows], rest.M[rows]) and torch.equal(batch.condition.F[rows], rest.condition.F[rows])
-        for name in ("given", "camera"):
-            ours, theirs = (getattr(each.condition, name)[rows] for each in (batch, rest))
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert torch.equal(batch.condition.added_ids[rows, :2], rest.condition.added_ids[rows, :2])
-
-
 def test_told_to_stay_is_not_the_same_as_not_told(vae, tower):
     clip = patchwork(0)
     ids = torch.from_numpy(clip.segmentation[0])

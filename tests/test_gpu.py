@@ -213,7 +213,7 @@ def test_a_recorded_step_trains_as_a_step_does(monkeypatch, tmp_path, stage):
     monkeypatch.setitem(train.PRESETS, "tiny", TINY)
     for seed in range(4):
         moving_squares(seed).save(tmp_path / "data" / f"{seed}.safetensors")
-    extras = ["show_flow=true", "told=true", "mask_start=0.5", "still_ratio=0.5"] + ["draft=true"] * (stage == "2")
+    extras = ["show_flow=true", "told=true", "mask_start=0.5"] + ["draft=true"] * (stage == "2")
     losses = []
     for words in ([], ["--cuda-graph"]):
         out = tmp_path / f"out{len(words)}"

@@ -69,7 +69,7 @@ def test_stage_configs_of_the_paper():
     assert ABLATIONS["without_motion_loss"][0].motion_weight == 0 < STAGE1.motion_weight
     assert {type(stage) for pair in ABLATIONS.values() for stage in pair} == {StageConfig}  # none has an extra
     off = {name: value for name, value in vars(SmallStageConfig()).items() if name not in vars(STAGE1)}
-    assert off == {"show_flow": False, "told": False, "draft": False, "mask_start": 0.0, "still_ratio": 0.0}
+    assert off == {"show_flow": False, "told": False, "draft": False, "mask_start": 0.0}
     with pytest.raises(ValueError, match="parameterization is 'eps'"):
         replace(STAGE1, parameterization="eps")
 
@@ -447,6 +447,16 @@ def test_save_and_load(tmp_path):
     path.write_text(path.read_text().replace('"mask_unit"', '"mask_unti"'))
     with pytest.raises(ValueError, match="config.json.*mask_unti"):
         MotionDreamer.from_pretrained(tmp_path, "stage1")
+
+
+def test_a_setting_of_training_that_is_gone_is_read_over(tmp_path):
+    now = small(replace(STAGE1, **SMALL), told=True)
+    tiny_stage(now).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["stage"]["still_ratio"] = 0.1
+    path.write_text(json.dumps(config))
+    assert MotionDreamer.from_pretrained(tmp_path).config == now
 
 
 def test_weights_of_the_former_layout_load(tmp_path):

@@ -653,7 +653,7 @@ def test_only_extras_make_a_stage_a_small_one(monkeypatch, clips, out, tmp_path)
         2,
     )
     assert config.sigma_max == 80  # from nothing
-    extras = {"told": True, "show_flow": True, "mask_start": 0.5, "still_ratio": 0.25}
+    extras = {"told": True, "show_flow": True, "mask_start": 0.5}
     text = [f"{name}={str(value).lower()}" for name, value in extras.items()]
     run(monkeypatch, clips, tmp_path / "new", "--start", out, "--set", "told=false", steps=1)
     assert type(weights(tmp_path / "new", "stage1").config) is SmallStageConfig

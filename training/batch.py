@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clips import render
 from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow, uniform
 from motion_dreamer import MOTION_BUCKET, POINTS, Batch, MotionDreamer, SmallStageConfig, StageConfig, Told
-from svd import VAE, encode_video, gaussian
+from svd import VAE, gaussian
 
 Clips = dict[str, Tensor]
 
@@ -41,7 +40,6 @@ def training_batch(
 ) -> Batch:
     """What a stage learns from B clips, and what it is told about them."""
     config, device = stage.config, clips["token"].device
-    clips = some_at_rest(config, clips, vae, generator)  # an extra: see below
 
     # Some clips show only some of their objects: the others are gone from S_0, S_t and F alike.
     clips = show_marked(clips, chance(chances.unmark, clips, generator))
@@ -105,20 +103,3 @@ def moves_at_once(start: Tensor) -> Tensor:
     fastest. They were pushed; what they hit moves later. If nothing moves, that is everything."""
     speed = start.norm(dim=1, keepdim=True)
     return 2 * speed >= speed.amax(dim=(1, 2, 3), keepdim=True)
-
-
-def some_at_rest(config: StageConfig, clips: Clips, vae: VAE, generator: torch.Generator | None) -> Clips:
-    """SmallStageConfig.still_ratio: a share of the clips is shown as if nobody had pushed: flow 0, all else as in frame
-    0, by a camera that stands still. The clip's motion bucket would be wrong, so none is told."""
-    if not isinstance(config, SmallStageConfig) or config.still_ratio == 0:
-        return clips
-    still = chance(config.still_ratio, clips, generator)
-    frozen = {"flow": torch.zeros_like(clips["flow"]), "camera": torch.zeros_like(clips["camera"])}
-    frozen["motion_bucket"] = torch.full_like(clips["motion_bucket"], MOTION_BUCKET)
-    for name in ("segmentation", *(name for name in clips if name.startswith("latents."))):
-        frozen[name] = clips[name][:, :1].expand_as(clips[name])
-    if "latents.flow" in clips:
-        resting = encode_video(vae, render("flow", frozen["flow"][:1, :1]), config.vae_factor)
-        frozen["latents.flow"] = resting.expand_as(clips["latents.flow"])
-    chosen = {n: torch.where(still.view(-1, *[1] * (v.ndim - 1)), v, clips[n]) for n, v in frozen.items()}
-    return clips | chosen
