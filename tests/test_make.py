@@ -1,4 +1,4 @@
-"""demo/make.py: from nothing to a model folder, and what happens when a part fails."""
+"""demo/make.py: from nothing to a model folder, and what happens when a part fails. demo/measure.py: what it prints."""
 
 import json
 import subprocess
@@ -19,6 +19,7 @@ from svd import VAE
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 import make  # noqa: E402
+import measure  # noqa: E402
 
 
 @contextmanager
@@ -97,3 +98,75 @@ def test_a_simulator_that_ends_is_said(tmp_path):
     ended.wait()
     with pytest.raises(SystemExit, match="simulate.txt: the simulator ended"):
         make.wait_for_clips(arguments, ended)
+
+
+# ------------------------------------------------------------------------------------------------------ demo/measure.py
+
+
+def figures(value, **others):
+    """Of every source, each figure with this value."""
+    names = {name for _, _, name, *_ in measure.ROWS} | {name for _, name, _ in measure.CODEC}
+    found = {name: {"value": value, "interval": [value, value], "clips": 7} for name in names}
+    found |= {name: {"value": v, "interval": [v, v], "clips": 7} for name, v in others.items()}
+    return {source: found for source in measure.COLUMNS}
+
+
+def cells(text):
+    rows = [[part.strip() for part in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
+    assert len({len(row) for row in rows[:14]}) == len({len(row) for row in rows[14:]}) == 1
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_table_says_what_is_reached():
+    """Bars are read at the value; an error must be small, all else large."""
+    scenarios = {"mean": figures(0.8, epe_relative=0.5, hit=0.92, psnr=25.9), "driving": figures(0.5, epe_relative=0.1)}
+    scenarios["dominoes"] = figures(0.95, standing=None, ids_miou=0.98, psnr=31.0, epe_relative=0.09)
+    scenarios["driving"]["codec"] = scenarios["dominoes"]["codec"] | {"psnr": {"value": 29.0, "interval": [28.0, 30.0]}}
+    rows = cells(measure.table(scenarios, 49.99))
+    reached = {label: row[-1] for label, row in rows.items()}
+    assert reached["flow error of zero flow, mean"] == "must" and reached["driving: flow error of zero flow"] == "aim"
+    assert (
+        reached["will it be hit, balanced accuracy, mean"] == reached["mask IoU per object, last frame, mean"] == "aim"
+    )
+    assert reached["dominoes: push and opposite push go the right way"] == "must"
+    assert reached["dominoes: all right by generated ids"] == "aim"
+    assert reached["dominoes: all told to stay, standing"] == "not asked"
+    assert reached["driving: pairs of ego motions, right for the other"] == "MISSED"
+    assert reached["Stage II told the true motion, PSNR in dB, mean"] == "MISSED" and reached["weights, MB"] == "must"
+    assert reached["dominoes"] == "must" and reached["driving"] == "MISSED"
+    assert rows["flow error of zero flow, mean"][2] == "0.500 [0.500, 0.500]"
+    assert cells(measure.table(scenarios, 50.01))["weights, MB"][-1] == "MISSED"
+    assert len(rows) == 6 + len(measure.ROWS) and "collide" not in rows
+
+
+def test_measuring_simulates_all_worlds_and_runs_evaluate_once(tmp_path, monkeypatch, capsys):
+    """Its own commands; what they would write is there."""
+    run = []
+
+    def call(words, **_):
+        run.append(list(map(str, words[1:])))
+        if "evaluate.py" in run[-1]:
+            result = {
+                "scenarios": {"mean": figures(0.5)},
+                "settings": {"clips": 3, "sampling_steps": 2, "weights": "w"},
+            }
+            Path(run[-1][run[-1].index("--json") + 1]).write_text(json.dumps(result))
+        return SimpleNamespace(returncode=3 if "broken" in run[-1][2] else 0)
+
+    monkeypatch.setattr(measure.subprocess, "run", call)
+    told = ["measure.py", "--data", "{}", "--clips", "3", "--seed", "8", "--json", str(tmp_path / "m.json")]
+    monkeypatch.setattr(sys, "argv", [word.format(tmp_path / "data") for word in told])
+    measure.main()
+    first, second, last = run
+    size = json.loads((ROOT / "demo" / "stage2" / "config.json").read_text())["stage"]
+    for words, clips in ((first, "12"), (second, "27")):
+        assert words[words.index("--clips") + 1] == clips and words[words.index("--seed") + 1] == "8"
+        assert words[words.index("--size") + 1] == f"{size['width']}x{size['height']}"
+    worlds = [first[first.index("--scenario") + 1], *second[second.index("--scenario") + 1].split(",")]
+    assert sorted(worlds) == sorted(make.SCENARIOS)
+    assert last[:2] == ["evaluate.py", "--model"] and last[last.index("--metrics") + 1] == "demo"
+    assert "| weights, MB | 50 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [word.format(tmp_path / "broken") for word in told])
+    with pytest.raises(SystemExit) as stop:
+        measure.main()
+    assert stop.value.code == 3
