@@ -1,6 +1,6 @@
 """Image + arrows -> motion -> video, from the command line; the method itself is in motion_dreamer.py.
 
-    python sample.py                                     # the demo model on its example
+    python sample.py [--example driving]                 # the demo model on its example, or on that of a world
     python sample.py photo.jpg arrows.json --model DIR --out out [--segmentation ids.png] [--depth depth.png]
     python sample.py photo.jpg arrows.json --stage 1     # motion only; edit out/motion.safetensors, then
     python sample.py photo.jpg arrows.json --stage 2     # paint it
@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips import Motion, render
-from inputs import Canvas, Inputs, arrows_to_flow, doubt_of, fit, read_inputs, told_to_stay
+from inputs import Canvas, Inputs, arrows_to_flow, doubt_of, find_example, fit, read_inputs, told_to_stay
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
 from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
 from sources import check_parts, expand_home
@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("image", nargs="?", help="a picture of any size (default: the demo's example)")
     option("arrows", nargs="*", help="arrows.json, or several: each gets a folder (default: nothing is told of motion)")
+    option("--example", metavar="WORLD", help="a picture of demo/examples and both its arrows files, such as driving")
     option("--model", type=Path, default=DEMO, metavar="DIR", help="model folder (default: demo/)")
     option("--svd", metavar="WEIGHTS", help="plain Stable Video Diffusion: hub id, folder or svd.safetensors")
     option("--out", default="out", metavar="DIR", help="folder that the files go to (default %(default)s)")
@@ -317,8 +318,7 @@ def run_task(arguments: argparse.Namespace, models: Models, task: Task) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     choose_device(arguments)
-    if arguments.image is None:
-        arguments.image, arguments.arrows = str(DEMO / "example.png"), [str(DEMO / "arrows.json")]
+    arguments.image, arguments.arrows = find_example(arguments.example, arguments.image, arguments.arrows)
     given = {folder: read_inputs(arguments, file, arguments.device) for folder, file in folders(arguments).items()}
     models = load_models(arguments)
     tasks = plan(arguments, models, given)

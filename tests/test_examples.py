@@ -1,14 +1,19 @@
 """The shipped examples: each is there, its arrows lie on objects and say what the simulator's scene does."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_stage, tiny_tower, tiny_vae
 
+import sample
 from inputs import Arrows, arrows_to_flow, find_example, read_depth, read_rgb, read_segmentation
+from motion_dreamer import STAGE1, STAGE2, SmallStageConfig
 
 simulate = pytest.importorskip("clips.simulate")
 from instance_flow import instance_flow  # noqa: E402 (after the simulator, without which nothing here runs)
@@ -16,6 +21,8 @@ from instance_flow import instance_flow  # noqa: E402 (after the simulator, with
 DEMO = Path(__file__).parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 import make_example  # noqa: E402
+
+SIZES = {"vae_factor": 2, "frames": 3, "width": 32, "height": 16, "sigma_max": 80.0}
 
 
 @pytest.mark.parametrize("world", simulate.SCENARIOS)
@@ -75,3 +82,27 @@ def test_what_is_not_there_is_named():
     assert find_example(None, "photo.png", ["a.json"]) == ("photo.png", ["a.json"])
     assert find_example(None, "photo.png") == ("photo.png", [])
     assert find_example(None) == (str(DEMO / "example.png"), [str(DEMO / "arrows.json")])
+
+
+def test_an_example_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Both its arrows files, from a word."""
+    tiny_vae().save_pretrained(tmp_path / "model" / "vae")
+    tiny_tower().save_pretrained(tmp_path / "model" / "image_encoder")
+    for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
+        small = SmallStageConfig(**vars(replace(config, **SIZES)))
+        tiny_stage(small, scale=0.02).save_pretrained(tmp_path / "model" / name)
+    told = ["sample.py", "--example", "driving", "--model", tmp_path / "model", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*told, "--steps", 1])))
+    sample.main()
+    for name in ("arrows", "arrows_opposite"):
+        record = json.loads((tmp_path / "out" / name / "run.json").read_text())
+        assert record["example"] == "driving" and record["camera"][0] > 0 and len(record["arrows_used"]["arrows"]) == 3
+        assert (tmp_path / "out" / name / "video.mp4").exists()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["sample.py", "photo.png", "--example", "driving"])
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "sample.py: --example driving: the image photo.png is given, too; expected one of the two\n"
+    )
