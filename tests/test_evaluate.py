@@ -19,6 +19,7 @@ import evaluate
 import metrics
 from clips import Clip
 from evaluate import truth_of
+from instance_flow import instance_flow
 from metrics import frechet, frozen
 from metrics.trackers import Pips, chain_flow, lucas_kanade
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, MotionDreamer, SmallStageConfig, stage_class
@@ -466,6 +467,26 @@ def test_every_clip_of_a_batch_is_told_its_own(folders, tmp_path, told):
         assert torch.equal(condition.added_ids[:, 0], rates - 1)
         assert condition.added_ids[:, 1].tolist() == bucket
     assert [predict for predict, *_ in told] == [STAGE1.predict, ("rgb",), ("rgb",)]
+
+
+def test_of_both_drives_the_ego_motion_and_every_cars_first_step_are_told(tmp_path, told):
+    """And both go through the VAE, with ids and depth, by which they are judged."""
+    path = tmp_path / "driving.safetensors"
+    simulate.simulate("driving", 9_000_101, 16, (32, 16), {"ego": 1}).save(path)
+    scene, some = truth_of(path, 16, "cpu"), sampler(tmp_path / "cache")
+    evaluate.add_other_pushes(scene, tmp_path, "cpu")
+    assert scene.meta["opposite"]["told"]["ego"] == -1
+    cameras = []
+    for kind in ("arrow", "opposite"):
+        maps = scene.truth[kind]
+        some.make([scene], kind)
+        _, given, condition = told[-1]
+        cameras.append(condition.camera[0])
+        assert torch.equal(cameras[-1], maps["camera"])
+        first = instance_flow(maps["flow"], maps["segmentation"], "start")
+        assert torch.equal(given.F[0], first) and torch.equal(given.mask[0], (maps["segmentation"][:1] > 0).float())
+        assert {"segmentation", "depth"} <= some.make([scene], f"codec/{kind}")[0].keys()
+    assert cameras[0][0] > cameras[1][0] + 0.1
 
 
 def test_only_a_stage_that_sees_what_is_told_is_told_to_stay(clips, tmp_path, told):
