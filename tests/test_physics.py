@@ -237,7 +237,15 @@ def test_a_twin_of_a_drive_has_its_picture_its_ego_motion_and_other_wishes():
         assert any(twin.meta["poses"] != clip.meta["poses"] for twin in twins)
 
 
-# --------------------------------------------------------------------------------- what became of the other car
+def test_wishes_are_kept_by_id():
+    """Ids are shuffled; the one car that brakes is the other one."""
+    for seed in (21, 28):
+        scene = simulate.draw_scene("driving", seed, 1, {})[0]
+        assert scene.truth["case"] == "brake" and scene.other > 0
+        assert [temper["brakes"] for temper in scene.hidden["tempers"]].index(True) == scene.other
+
+
+# ----------------------------------------------------------------------------------- what became of the other car
 
 
 def drives(way, rival, case="merge", frames=4, depth=10.0):
@@ -359,9 +367,17 @@ def test_of_every_car_the_first_step_is_told(tmp_path):
 def test_figures_by_scenario_and_their_mean_by_hand():
     none = {"b": (1, 1, 0, 0), "c": (1, 1, 0, 0)}  # of two classes, one
     rows = {"model": [{"a": (1.0, 2.0), "b": (1, 1, 1, 2)}, {"a": (4.0, 4.0)}, {"a": (3.0, 4.0)}, none, {"a": (9, 1)}]}
-    found = metrics.by_scenario(rows, ["roll", "drop", "roll", "link", "driving"])
+    rows["model"].append({"a": (7.0, 1.0)})
+    found = metrics.by_scenario(rows, ["roll", "drop", "roll", "link", "driving", "branch"])
     value = {name: sources["model"].get("a", {}).get("value") for name, sources in found.items()}
-    assert value == {"roll": pytest.approx(4 / 6), "drop": 1, "link": None, "driving": 9, "mean": pytest.approx(5 / 6)}
+    assert value == {
+        "roll": pytest.approx(4 / 6),
+        "drop": 1,
+        "link": None,
+        "driving": 9,
+        "branch": 7,
+        "mean": pytest.approx(5 / 6),
+    }
     mean = found["mean"]["model"]
     assert mean["a"]["clips"] == 3 and np.isnan(mean["c"]["value"])
     assert mean["b"]["value"] == 0.75 and mean["b"]["clips"] == 1 and np.isnan(found["link"]["model"]["b"]["value"])
