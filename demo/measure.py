@@ -21,6 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import kernels.threads  # noqa: E402, F401 (before torch)
+
 from metrics import COLUMNS, cell, line  # noqa: E402
 
 WORLDS = ("dominoes", "collide", "drop", "roll", "support", "contain", "link", "tower", "branch", "driving")
