@@ -3,6 +3,7 @@ number of them after a start, and how all of them end."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,9 @@ def by_hand(clips, folder, processes, accumulate):
     return results
 
 
+CANCELS = re.compile(r"flow_control\.metrics\.\d+\.bias")  # in the softmax of Eq. 7: its gradient is all rounding
+
+
 def apart(found, expected):
     """The norm of the difference between tensors of the same names, of their norm. (AdamW makes much of a gradient that
     is nothing but rounding: single numbers may be further apart.)"""
@@ -147,7 +151,7 @@ def test_processes_and_accumulated_batches_train_as_one_loop_over_all_clips_woul
             state = watched(out, step, rank)
             assert state["loss"] == logged(out)[step - 1]["loss"]
             assert max(apart(state["weights"], weights), apart(state["average"], average)) < 1e-5
-            for key in weights:
+            for key in (key for key in weights if not CANCELS.fullmatch(key)):
                 torch.testing.assert_close(state["weights"][key], weights[key], rtol=1e-3, atol=2e-5, msg=key)
                 torch.testing.assert_close(state["average"][key], average[key], rtol=1e-3, atol=2e-5, msg=key)
     assert set(clipped) == {True, False}

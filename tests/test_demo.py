@@ -1,8 +1,7 @@
 """The shipped model does what it is shown for: the pushed domino falls, and what nobody pushes stays."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -72,12 +71,13 @@ def test_where_nothing_is_told_something_may_happen(flows):
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in DEMO.glob("*.py")))
-def test_scripts_only_act_when_they_are_asked_to(tmp_path, script):
+def test_scripts_only_act_when_they_are_asked_to(tmp_path, monkeypatch, capsys, script):
     """A copy without a model: what acted would fail or leave a file."""
     (tmp_path / script).write_bytes((DEMO / script).read_bytes())
     for word, status in (("--help", 0), ("--nothing", 2)):
-        told = [sys.executable, str(tmp_path / script), word]
-        environment = {**os.environ, "PYTHONPATH": str(DEMO.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(told, env=environment, capture_output=True, text=True)
-        assert done.returncode == status and f"usage: {script}" in done.stdout + done.stderr
+        monkeypatch.setattr(sys, "argv", [script, word])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "path", [*sys.path])  # a script adds its own
+            runpy.run_path(str(tmp_path / script), run_name="__main__")
+        assert stop.value.code == status and f"usage: {script}" in "".join(capsys.readouterr())
         assert [path.name for path in tmp_path.iterdir()] == [script]

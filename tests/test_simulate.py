@@ -456,6 +456,7 @@ def test_ctrl_c_is_one_line_and_leaves_whole_clips(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "clips.simulate", tmp_path / "clips", *words],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would not hear it
     )  # fmt: skip
     try:
         while not list(tmp_path.glob("clips/*.safetensors")):
