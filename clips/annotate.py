@@ -47,6 +47,7 @@ from tqdm import tqdm
 from clips.clip import CAMERA_YAW_UNIT, Clip, clip_header
 from clips.maps import first_line, read_depth, read_flow, read_ids
 from clips.video import pieces, read_video
+from sources import check_model
 from weights import whole_file
 
 VIDEO_ENDINGS = {".3gp", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # in a folder
@@ -276,6 +277,7 @@ def segmentation_annotator(choice: str, source: str) -> Annotator:
     if choice != "sam2":
         return folder_annotator("--segmentation", choice, "sam2, none")
     library = need("transformers", "--segmentation sam2", "transformers", "Sam2VideoModel", "pipeline")
+    check_model("--segmentation-model", source)
     need("torchvision", "--segmentation sam2", "torchvision")  # the mask proposals' picture processor
     try:
         model = library.Sam2VideoModel.from_pretrained(source).eval().to(device())
@@ -318,6 +320,7 @@ def depth_annotator(choice: str, source: str) -> Annotator:
     if choice != "depth-anything":
         return folder_annotator("--depth", choice, "depth-anything, none")
     library = need("transformers", "--depth depth-anything", "transformers", "AutoModelForDepthEstimation")
+    check_model("--depth-model", source)
     try:
         model = library.AutoModelForDepthEstimation.from_pretrained(source).eval().to(device())
         processor = library.AutoImageProcessor.from_pretrained(source)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from clips.annotate import (
     Annotator,
+    Folder,
     Pictures,
     Size,
     add_models,
@@ -296,6 +297,8 @@ def trial_clip(file: h5py.File, cut: Cut, flow: Annotator | None, depth: Annotat
     if missing := [p for p, values in (("_img", rgb), ("_id", colors)) if any(v is None for v in values)]:
         raise ValueError(f"has no {missing[0]} pass")
     pictures = Pictures(name, 0, np.stack(rgb))
+    for folder in (annotator for annotator in (flow, depth) if isinstance(annotator, Folder)):
+        folder.check(name, len(rgb), (cut.fps or (CAM_FPS if ending else FPS)) / kept.step)
     ids = trial_ids(colors, file["static/object_segmentation_colors"][()])
     distance, fault = trial_depth(passes, pictures.rgb)
     views = [read_view(frame, ending) for frame in groups[kept.start : kept.stop + 1 : kept.step]]

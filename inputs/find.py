@@ -24,6 +24,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from PIL import Image, ImageDraw, ImageFilter
 
+from sources import check_model
+
 Finder = Callable[[np.ndarray, tuple[float, float]], np.ndarray]  # image [H, W, 3], (x, y) -> the object there [H, W]
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in [0, 1], of ImageNet
 NEAREST_TO_FARTHEST = 10.0  # of an estimated depth, which knows an order and no distances
@@ -57,6 +59,7 @@ def at_hand(model: str) -> bool:
 def _load(flag: str, class_name: str, name: str, local: bool) -> Any:  # noqa: ANN401
     """A model or processor of transformers from a hub id or folder. Raises ValueError of one line that names flag and
     model, also where weights are missing, which transformers would fill with random numbers."""
+    check_model(f"--{flag}", name)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

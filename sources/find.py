@@ -29,6 +29,13 @@ def is_hub_id(source: Source) -> bool:
     return not (source.endswith(FILES) or os.path.exists(source) or os.path.exists(source.split("/")[0]))
 
 
+def check_model(flag: str, source: str) -> None:
+    """Raises ValueError for a model of another library that is neither a folder nor a hub id: that library would ask
+    the hub for the path."""
+    if not os.path.isdir(source) and not is_hub_id(source):
+        raise ValueError(f"{flag} {source}: no such folder")
+
+
 def expand_home(arguments: argparse.Namespace) -> argparse.Namespace:
     """Arguments of the command line, with ~ at the beginning of a path replaced: no shell does that in `--out=~/x`."""
     for name, value in vars(arguments).items():

@@ -468,6 +468,11 @@ MISTAKES = {
     "nothing named": (lambda g: unnamed(g), ["--segment", "none"], "arrow 1: names no object, and --segment is none"),
     "no SAM": (lambda g: unnamed(g), ["--segment", "sam", "--segment-model", str(ROOT / "demo")], "--segment"),
     "no depth model": (lambda g: None, ["--depth", "estimate", "--depth-model", str(ROOT / "demo")], "--depth"),
+    "no folder of SAM": (
+        lambda g: unnamed(g),
+        ["--segment", "sam", "--segment-model", str(ROOT / "none")],
+        "/none: no such folder",
+    ),
     "no single file": (lambda g: None, ["--svd", "nowhere/svd.safetensors"], "nowhere/svd.safetensors"),
     "not a single file": (lambda g: None, ["--svd", __file__], "damaged or truncated"),
     "two of a name": (lambda g: None, ["elsewhere/arrows.json"], "2 arrows files are called arrows"),
