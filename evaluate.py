@@ -15,8 +15,9 @@ object that was pushed. A careless user marks no other object: --marked pushed. 
 clips.simulate, which also says what another push would have done; of other clips, as those of clips.annotate and
 clips.physion, figures that need what they lack are left out, which is said below the table.
 
-The measures themselves are in metrics/, what trains the rows of a table is in training/tables.py. `Maps` are flow
-[T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb [T, 3, H, W] of one clip, by the names of `Clip.tensors`.
+The measures themselves are in metrics/, what samples a model in training/sampler.py, what trains the rows of a table
+in training/tables.py. `Maps` are flow [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb [T, 3, H, W] of one
+clip, by the names of `Clip.tensors`.
 """
 
 from __future__ import annotations
@@ -24,39 +25,27 @@ from __future__ import annotations
 import kernels.threads  # noqa: F401 (before torch)
 
 import argparse
-import hashlib
 import json
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from clips import CODEC_VERSION, Clip, ClipDataset, Motion
-from instance_flow import instance_flow
+from clips import Clip, ClipDataset
 from metrics import COLUMNS, LABELS, Features, Maps, Scene, Sums, cell, extractors_of, frozen, line, markdown
-from motion_dreamer import MotionDreamer, StageConfig, dream
+from motion_dreamer import StageConfig
 from show import written_whole
-from svd import VAE, ImageEncoder
-from training.cache import fingerprint
-from training.checkpoint import seed_of
+from training.sampler import PUSHES, Model, Sampler
 from training.scenes import STRONGER, add_other_pushes, add_twin, truth_of
 from training.tables import TABLES, train_row
-from training.vae import round_trip
-from weights import save_safetensors
-
-# -------------------------------------------------------------------------------------------------- scenes and samples
 
 
 def exact_features(scene: Scene) -> Tensor:
@@ -71,138 +60,8 @@ def exact_features(scene: Scene) -> Tensor:
     )[:1]
 
 
-@dataclass
-class Model:
-    """What a model folder holds; stage1 is None for the one-stage model of Table 1."""
-
-    stage1: MotionDreamer | None
-    stage2: MotionDreamer
-    vae: VAE
-    tower: ImageEncoder
-
-    @classmethod
-    def load(cls, folder: Path, device: str) -> Model:
-        kept = {"dtype": torch.float32, "device": device}
-        stage2 = MotionDreamer.from_pretrained(folder, "stage2", **kept).eval()
-        stage1 = MotionDreamer.from_pretrained(folder, "stage1", **kept).eval() if stage2.config.given else None
-        vae = VAE.from_pretrained(folder, "vae", **kept).eval()
-        return cls(stage1, stage2, vae, ImageEncoder.from_pretrained(folder, "image_encoder", **kept).eval())
-
-    def identity(self, *parts: str) -> list[str]:
-        """Fingerprint of the weights of these parts, and their configurations; of all, if none is named."""
-        named = [part for name in parts or vars(self) if (part := getattr(self, name)) is not None]
-        return [fingerprint(*named), *(str(part.config) for part in named)]
-
-
-def one_arrow(scene: Scene, push: str, config: StageConfig) -> tuple[Tensor, Tensor]:
-    """The one arrow that is given, the instance flow of the pushed object: F [2, H, W] and where it tells something
-    [1, H, W]. Where nothing is pushed, as in "none", all objects are told to stay; of cars, which drive by themselves,
-    the first step is told."""
-    flow, ids = scene.truth[push]["flow"], scene.truth[push]["segmentation"]
-    if push != "none" and not scene.pushed and scene.meta[push].get("scenario") == "driving":
-        return instance_flow(flow, ids, "start"), (ids[:1] > 0).float()
-    if push == "none" or not scene.pushed:
-        return torch.zeros_like(flow[0]), (ids[:1] > 0).float()
-    told = (ids[:1] == scene.pushed).float()
-    return instance_flow(flow, ids, config.reduce) * told, told
-
-
-def stacked(scenes: list[Scene], kind: str, name: str) -> Tensor:
-    return torch.stack([scene.truth[kind][name] for scene in scenes])
-
-
-@dataclass
-class Sampler:
-    """Makes samples of scenes, a batch at a time, and keeps them: a run that was killed goes on where it was."""
-
-    model: Model
-    cache: Path
-    settings: dict  # sampling_steps, guidance, seed, batch, marked
-    videos: tuple[str, ...] = ("rgb", "rgb_own")  # of these kinds; the first is only asked by the demo's figures
-    quiet: bool = True  # no bars of sampling steps
-
-    @cached_property
-    def makers(self) -> dict[str, list[str]]:
-        """By kind of sample, what makes it: another Stage II leaves Stage I's motion as it was."""
-        made_by, encoders = self.model.identity, ("vae", "tower")
-        motion = dict.fromkeys(PUSHES, made_by("stage1", *encoders))
-        return motion | {"rgb": made_by("stage2", *encoders), "rgb_own": made_by(), "codec": made_by("vae")}
-
-    def can_tell(self, push: str) -> bool:
-        """Only a stage that sees what is told knows "stay" from "nothing is told"; "none" makes no sense to others."""
-        stage = self.model.stage1
-        return stage is not None and (push != "none" or getattr(stage.config, "told", False))
-
-    def make(self, scenes: list[Scene], kind: str, seed: int = 0) -> list[Maps]:
-        """Maps of every scene. kind: a push ("arrow", "opposite", "stronger", "none": Stage I), "rgb" and "rgb_own"
-        (Stage II, given true motion or Stage I's), "codec/" and a push (the truth through the VAE and back)."""
-        files = [(scene.path.name, scene.path.stat().st_size, scene.path.stat().st_mtime_ns) for scene in scenes]
-        codec = kind.startswith("codec/")  # it makes no samples: settings and seed do not matter
-        told = [self.makers["codec"], self.settings["marked"]] if codec else [self.makers[kind], self.settings, seed]
-        folder = self.cache / hashlib.sha256(json.dumps([*told, CODEC_VERSION, files]).encode()).hexdigest()[:16]
-        path = folder / f"{kind.replace('/', '_')}.safetensors"
-        if not path.exists():
-            maps = self.codec(scenes, kind[6:]) if codec else self.sample(scenes, kind, seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_safetensors({name: compact(value) for name, value in maps.items()}, path)
-        device = next(self.model.vae.parameters()).device
-        maps = {name: expand(value.to(device)) for name, value in load_file(path).items()}
-        return [{name: value[i] for name, value in maps.items()} for i in range(len(scenes))]
-
-    def sample(self, scenes: list[Scene], kind: str, seed: int) -> Maps:
-        model, push = self.model, "arrow" if kind.startswith("rgb") else kind
-        stage = model.stage2 if kind.startswith("rgb") else model.stage1
-        arrows = [one_arrow(scene, push, stage.config) for scene in scenes]
-        F, mask = (torch.stack(maps) for maps in zip(*arrows, strict=True))
-        rgb, ids, depth = (stacked(scenes, "arrow", name) for name in ("rgb", "segmentation", "depth"))
-        noise = (self.settings["seed"], seed, zlib.crc32(scenes[0].path.name.encode()), stage is model.stage2)
-        told = {
-            "frames": rgb.shape[1], "steps": self.settings["sampling_steps"],
-            "guidance": tuple(self.settings["guidance"]),
-            "fps": stacked(scenes, "arrow", "fps"), "camera": stacked(scenes, push, "camera"), "mask": mask,
-            "progress": partial(tqdm, desc=kind, leave=False, disable=self.quiet),
-            # Every batch has noise of its own, the same for every kind of push: pairs differ by the arrow alone.
-            "generator": torch.Generator().manual_seed(seed_of(*noise)),
-        }  # fmt: skip
-        if kind == "rgb":  # how much moves is known of true motion alone
-            told["motion_bucket"] = stacked(scenes, "arrow", "motion_bucket")
-        firsts = (model.vae, model.tower, rgb[:, 0], ids[:, 0], depth[:, 0], F)
-        if stage is model.stage1:
-            motion, _ = dream(stage, None, *firsts, **told)
-            return {name: value for name, value in vars(motion).items() if value is not None}
-        _, video = dream(None, stage, *firsts, **told, motion=self.motion(scenes, kind, seed))
-        return {kind: video}
-
-    def motion(self, scenes: list[Scene], kind: str, seed: int) -> Motion:
-        """What Stage II is told: the truth, or what Stage I made of the arrow."""
-        given, parts = self.model.stage2.config.given, dict.fromkeys(("flow", "segmentation", "depth"))
-        own = given and kind != "rgb"
-        maps = self.make(scenes, "arrow", seed) if own else [scene.truth["arrow"] for scene in scenes]
-        return Motion(**parts | {name: torch.stack([some[name] for some in maps]) for name in given})
-
-    @torch.no_grad()
-    def codec(self, scenes: list[Scene], push: str) -> Maps:
-        vae, maps = self.model.vae, {}
-        parts = {"arrow": ("rgb", "flow", "segmentation", "depth"), "opposite": ("flow", "segmentation", "depth")}
-        for name in parts.get(push, ("flow",)):
-            value = stacked(scenes, push, name)
-            first = value[:, 0] if name in ("segmentation", "depth") else None
-            maps[name] = round_trip(vae, name, value, first)
-        return maps
-
-
-def compact(value: Tensor) -> Tensor:
-    """Ids as bytes, everything else in half precision."""
-    return value.cpu().to(torch.float16 if value.is_floating_point() else torch.uint8).contiguous()
-
-
-def expand(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value.long()
-
-
 # -------------------------------------------------------------------------------------------------------- measuring
 
-PUSHES = ("arrow", "opposite", "stronger", "none")
 BESIDE = ("still", "codec", "twin", "truth")  # what stands beside the model's figures
 Views = dict[str, Maps]  # what one source shows of a scene, by push
 Rows = dict[str, list[dict[str, Sums]]]  # by source, figures of every clip

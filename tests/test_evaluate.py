@@ -23,6 +23,7 @@ from instance_flow import instance_flow
 from metrics import frechet, frozen
 from metrics.trackers import Pips, chain_flow, lucas_kanade
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, MotionDreamer, SmallStageConfig, stage_class
+from training import sampler as sampler_room
 from training import tables
 
 simulate = pytest.importorskip("clips.simulate")
@@ -540,7 +541,7 @@ def test_only_the_pushed_object_is_marked(folders, clips, monkeypatch, tmp_path,
             torch.equal(alone[name], whole[name]) for name in whole.keys() - {"segmentation", "rgb_own", "told"}
         )
         for config in (STAGE1, replace(STAGE1, reduce="start")):
-            arrows = (evaluate.one_arrow(some, "arrow", config)[0] for some in (scene, clip))
+            arrows = (sampler_room.one_arrow(some, "arrow", config)[0] for some in (scene, clip))
             assert torch.equal(*arrows)
     assert clips[0].pushed and set(scenes[0].truth["arrow"]["segmentation"].unique().tolist()) == {0, clips[0].pushed}
 
@@ -657,7 +658,7 @@ def test_samples_are_kept(folders, monkeypatch, capsys, tmp_path):
     told += ["--batch", 2, "--quiet", "--metrics", "physics", "--json", tmp_path / "all.json"]
     run(monkeypatch, *told)
     printed = capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "dream", None)
+    monkeypatch.setattr(sampler_room, "dream", None)
     run(monkeypatch, *told)
     assert capsys.readouterr().out == printed
     with pytest.raises(TypeError):  # other settings need other samples
@@ -680,8 +681,8 @@ def test_another_stage_2_leaves_the_samples_of_stage_1(folders, monkeypatch, cap
     told = ["--model", tmp_path / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
     told += ["--quiet", "--metrics", "physics", "--clips", 1, "--json", tmp_path / "all.json"]
     run(monkeypatch, *told)
-    stages, dream = [], evaluate.dream
-    monkeypatch.setattr(evaluate, "dream", lambda *a, **k: stages.append(a[0] is None) or dream(*a, **k))
+    stages, dream = [], sampler_room.dream
+    monkeypatch.setattr(sampler_room, "dream", lambda *a, **k: stages.append(a[0] is None) or dream(*a, **k))
     for stage, config in (("stage2", STAGE2), ("stage1", STAGE1)):
         tiny_stage(replace(config, **SIZES), scale=0.03).save_pretrained(tmp_path / "model" / stage)
         run(monkeypatch, *told)

@@ -16,6 +16,7 @@ import metrics
 from evaluate import truth_of
 from metrics import Scene, frozen
 from motion_dreamer import STAGE1, STAGE2
+from training.sampler import one_arrow
 
 simulate = pytest.importorskip("clips.simulate")
 from clips import Clip  # noqa: E402 (after the simulator, without which nothing here runs)
@@ -355,7 +356,7 @@ def test_of_every_car_the_first_step_is_told(tmp_path):
     simulate.simulate("driving", 9_000_003, 4, (96, 48)).save(tmp_path / "drive.safetensors")
     scene = truth_of(tmp_path / "drive.safetensors", 4, "cpu")
     flow, ids = (scene.truth["arrow"][name] for name in ("flow", "segmentation"))
-    F, mask = evaluate.one_arrow(scene, "arrow", STAGE1)
+    F, mask = one_arrow(scene, "arrow", STAGE1)
     assert torch.equal(mask, (ids[:1] > 0).float()) and (ids[0] > 0).any()
     for i in range(1, int(ids.max()) + 1):
         where = ids[0] == i
@@ -493,7 +494,7 @@ def test_on_a_gpu_nothing_meets_a_tensor_of_the_cpu(truth, tmp_path):
         found = all_figures(elsewhere(made), there)
         with pytest.raises(AssertionError, match="CPU tensor"):
             all_figures(made, there)
-        told = evaluate.one_arrow(there, "arrow", STAGE1)
+        told = one_arrow(there, "arrow", STAGE1)
         assert {maps.device.type for maps in told} == {"meta"}
         assert there.lacks(["physics", "demo"]) == scene.lacks(["physics", "demo"])
     for figures, others in zip(found, expected, strict=True):
