@@ -1,8 +1,11 @@
-"""Measures a model folder on held-out clips and prints the figures, and the paper's Tables 1 and 3 (section 4).
+"""Measures a model folder on held-out clips and prints the figures; the paper's Tables 1 and 3 (section 4); and videos
+that any other model made of the same clips.
 
     python evaluate.py --model demo --data data/val                                   # the figures of the demo model
-    python evaluate.py --model demo --data data/val --metrics physics,fvd,fvmd,demo --clips 50
+    python evaluate.py --model demo --data data/val --metrics physics,fvd,fvmd,demo --clips 50 --json figures.json
     python evaluate.py --table 1 --data data/train --val data/val --steps 10000       # trains what is missing
+    python evaluate.py --export-prompts prompts --data data/val                       # what another model is told
+    python evaluate.py --videos a=out/a b=out/b --data data/val                       # what it made of that
 
 A figure never stands alone. Beside the model's stand those of "still" (nothing moves: ids, depth and picture of the
 first frame repeated, flow 0), of "codec" (the truth through the VAE and back: no model with this VAE can do better),
@@ -14,6 +17,9 @@ The model is told what a user would tell it: first frame, its ids and depth, and
 object that was pushed. A careless user marks no other object: --marked pushed. The clips' own truth comes from
 clips.simulate, which also says what another push would have done; of other clips, as those of clips.annotate and
 clips.physion, figures that need what they lack are left out, which is said below the table.
+
+Videos have the figures that a video allows, by the rules in metrics/videos.py. Two rows are compared by their
+difference on the same clips, which has an interval of its own (metrics/paired.py).
 
 The measures themselves are in metrics/, what samples a model in training/sampler.py, what trains the rows of a table
 in training/tables.py. `Maps` are flow [T, 2, H, W], segmentation [T, H, W], depth [T, H, W] and rgb [T, 3, H, W] of one
@@ -40,12 +46,13 @@ from tqdm import tqdm
 
 import metrics
 from clips import Clip, ClipDataset
-from metrics import COLUMNS, LABELS, Features, Maps, Scene, Sums, cell, extractors_of, frozen, line, markdown
+from metrics import Features, Maps, Row, Scene, Sums, extractors_of, frozen, markdown
 from motion_dreamer import StageConfig
 from show import written_whole
+from training.prompts import export_prompts
 from training.sampler import PUSHES, Model, Sampler
 from training.scenes import STRONGER, add_other_pushes, add_twin, truth_of
-from training.tables import TABLES, train_row
+from training.tables import TABLES, table_text, train_row
 
 
 def exact_features(scene: Scene) -> Tensor:
@@ -151,7 +158,8 @@ def error_of(views: Views, scene: Scene) -> tuple[float, ...]:
 
 
 def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = None) -> dict:
-    """All figures of one model folder: {"figures": {source: {name: {value, interval, clips}}}, "settings": ...}.
+    """All figures of one model folder: {"figures": {source: {name: {value, interval, clips}}}, "settings": ..., "row":
+    what other rows are compared with}.
 
     `shared` is filled with what does not depend on the model (figures and features of "still", "codec" and "truth"),
     or if it is filled already, for the same clips and VAE, spares measuring that again."""
@@ -160,13 +168,15 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     frames, clips = model.stage2.config.frames, clips_of(arguments, model.stage2.config)
     paths = clips.paths[: arguments.clips]
     sampler = sampler_of(arguments, model)
+    metrics.check_sets(arguments.metrics, len(paths), frames, arguments.val)
     features, rows, shared = features_of(arguments, device), {}, {} if shared is None else shared
     scenarios, lacking = [], Counter()  # of every clip
     if alone := bool(shared):
         rows, features.found = dict(shared["rows"]), {key: dict(found) for key, found in shared["features"].items()}
 
     # A batch of clips at a time: what is true, what the model makes of it, and how far they differ.
-    for i in tqdm(range(0, len(paths), arguments.batch), folder.name, unit="batch", disable=arguments.quiet):
+    bar = tqdm(total=len(paths), desc=folder.name, unit="clip", disable=arguments.quiet)
+    for i in range(0, len(paths), arguments.batch):
         scenes = [truth_of(path, frames, device, arguments.marked) for path in paths[i : i + arguments.batch]]
         scenarios += [str(scene.meta["arrow"].get("scenario", "unnamed")) for scene in scenes]
         lacking.update(name for scene in scenes for name in scene.lacks(arguments.metrics))
@@ -177,23 +187,29 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
         for _, some in groupby(scenes, lambda scene: "opposite" in scene.truth):
             for source, found in measure(list(some), sampler, arguments, features, alone).items():
                 rows.setdefault(source, []).extend(found)
+        bar.update(len(scenes))
+    bar.close()
     if not alone:
         shared["rows"] = {source: found for source, found in rows.items() if source in BESIDE}
         shared["features"] = {key: {s: f[s] for s in BESIDE if s in f} for key, f in features.found.items()}
 
     order = ["model", *sorted(rows.keys() - {"model", *BESIDE}), *BESIDE]
     figures = {source: metrics.summarise(rows[source]) | features.distances(source) for source in order}
-    settings = vars(arguments) | {
+    settings = settings_of(arguments, paths) | {
         "model": str(folder), "weights": model.identity()[0], "frames": frames, "size": [clips.width, clips.height],
-        "clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name, "device": device,
-        "torch": torch.__version__, "seconds": round(time.perf_counter() - started, 1), "rules": rules(),
-        "lacking": dict(lacking),
+        "device": device, "seconds": round(time.perf_counter() - started, 1), "lacking": dict(lacking),
     }  # fmt: skip
     return {
         "figures": figures,
         "scenarios": metrics.by_scenario({source: rows[source] for source in order}, scenarios),
         "settings": settings,
+        "row": Row([rows["model"]], [features.draws("model")]),
     }
+
+
+def settings_of(arguments: argparse.Namespace, paths: list[Path]) -> dict:
+    clips = {"clips": len(paths), "first_clip": paths[0].name, "last_clip": paths[-1].name}
+    return vars(arguments) | clips | {"torch": torch.__version__, "rules": rules()}
 
 
 def clips_of(arguments: argparse.Namespace, config: StageConfig) -> ClipDataset:
@@ -235,40 +251,78 @@ def footnote(settings: dict) -> str:
     ).strip()
 
 
-# ---------------------------------------------------------------------------------------------- the paper's tables
-
-SHOWN = ("hit_video", "fallen_video", "hit", "epe_relative", "iou_last")  # beside Frechet distances
+# ------------------------------------------------------------------------------------------------ tables, and videos
 
 
 def table(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Our rows beside the paper's: Markdown, and the figures of every row."""
-    arguments.metrics, shared, rows = ["fvd", "fvmd", "physics"], {}, TABLES[arguments.table]
-    results = {row: evaluate(arguments, train_row(row, arguments), shared) for row in rows}
-    some = next(iter(results.values()))
-    names = [n for n in some["figures"]["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
-    lines = [line(["method", "paper: FVD ↓", "paper: FVMD ↓", *(LABELS.get(n, n) for n in names)])]
-    lines.append("|---" * (len(names) + 3) + "|")
-    told = [
-        ([label, str(fvd), str(fvmd)], results[row]["figures"]["model"]) for row, (label, fvd, fvmd) in rows.items()
-    ]
-    told += [([COLUMNS[source], "", ""], some["figures"][source]) for source in BESIDE]
-    lines += [line([*first, *(cell(figures.get(n)) for n in names)]) for first, figures in told]
-    ours = f"Ours: preset {arguments.preset}, {arguments.steps} steps a stage; {footnote(some['settings'])}"
-    return "\n".join([*lines, "", f"{ours} The paper: SVD's size, Physion. Only the order of rows compares."]), results
+    """Our rows beside the paper's: Markdown, and the figures of every row, by seed."""
+    arguments.metrics = ["fvd", "fvmd", "physics"]
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    every = [argparse.Namespace(**vars(arguments) | {"seed": seed}) for seed in seeds]
+    shared: list[dict] = [{} for _ in seeds]
+    results = {
+        row: [evaluate(told, train_row(row, told), some) for told, some in zip(every, shared, strict=True)]
+        for row in TABLES[arguments.table]
+    }
+    rows = {row: sum((found["row"] for found in several[1:]), several[0]["row"]) for row, several in results.items()}
+    ours = {row: metrics.differences(rows[row], rows["motion_dreamer"]) for row in rows if row != "motion_dreamer"}
+    some = next(iter(results.values()))[0]
+    means = {row: metrics.average(rows[row]) for row in rows}
+    trained = f"{arguments.minutes:g} minutes" if arguments.minutes else f"{arguments.steps} steps"
+    told = f"Ours: preset {arguments.preset}, {trained} a stage, {arguments.seeds} seeds; {footnote(some['settings'])}"
+    text = table_text(arguments.table, means, ours, some["figures"], told)
+    return text, {"rows": results, "means": means, "differences": ours}
+
+
+def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
+    """Videos of any models, a folder a row: Markdown, and {"figures": ..., "differences": from the first row}."""
+    started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    folders, clips = metrics.named_folders(arguments.videos), ClipDataset(arguments.data, arguments.frames)
+    paths = clips.paths[: arguments.clips]
+    metrics.check_sets(arguments.metrics, len(paths), clips.frames, arguments.data)
+    videos = {name: metrics.videos_of(folder, [path.stem for path in paths]) for name, folder in folders.items()}
+    features, rows = features_of(arguments, device), {name: [] for name in [*folders, "still", "truth"]}
+    for k, path in enumerate(tqdm(paths, "videos", unit="clip", disable=arguments.quiet)):
+        scene = truth_of(path, clips.frames, device)
+        true, fps = scene.truth["arrow"]["rgb"], scene.truth["arrow"]["fps"].item()
+        fitted = (clips.frames, fps, (clips.height, clips.width), arguments.stretch)
+        seen = {name: metrics.read_fitted(some[k], *fitted).to(device) for name, some in videos.items()}
+        for name, video in (seen | {"still": true[:1].expand_as(true), "truth": true}).items():
+            rows[name].append(metrics.video_figures(video, scene) if "physics" in arguments.metrics else {})
+            features.add(name, {"rgb_own": video}, scene)
+    compared = {name: Row([some], [features.draws(name)]) for name, some in rows.items()}
+    figures = {name: metrics.average(row) for name, row in compared.items()} | {"half": features.distances("truth")}
+    first, *others = folders
+    found = {f"{name} - {first}": metrics.differences(compared[name], compared[first]) for name in others}
+    size = {"frames": clips.frames, "size": [clips.width, clips.height], "device": device}
+    settings = settings_of(arguments, paths) | size | {"seconds": round(time.perf_counter() - started, 1)}
+    told = f"{len(paths)} clips of {arguments.data}, {clips.frames} frames of {clips.width}x{clips.height}. "
+    tables = [markdown(figures), *([markdown(found, metrics.change)] if found else []), told + metrics.RULES]
+    return "\n\n".join(tables), {"figures": figures, "differences": found, "settings": settings}
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+USUAL = {"clips": 200, "sampling_steps": 10}
+QUICK = {"clips": 8, "sampling_steps": 4}  # a first look: a minute
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     what = parser.add_argument_group("what is measured").add_argument
     what("--model", metavar="DIR", help="model folder")
     what("--table", type=int, choices=list(TABLES), help="train and compare the rows of a table instead")
+    rules = "videos of these clips that any model made, by the clips' names; rules: metrics/videos.py"
+    what("--videos", nargs="+", metavar="[NAME=]DIR", help=f"a row a folder: {rules}")
+    what("--export-prompts", metavar="DIR", help="write what a model is told of each clip: see training/prompts.py")
     what("--data", required=True, metavar="DIR", help="held-out clips; with --table, clips to train on")
     what("--val", metavar="DIR", help="held-out clips for --table")
-    what("--metrics", default="physics,demo", help="some of physics,fvd,fvmd,demo (default %(default)s)")
-    what("--clips", type=int, default=200, help="at most (default %(default)s)")
+    usual = "default physics,demo; with --quick physics, of videos physics,fvd,fvmd"
+    what("--metrics", help=f"some of physics,fvd,fvmd,demo ({usual})")
+    what("--clips", type=int, help="at most (default 200; with --quick 8)")
+    what("--frames", type=int, help="of each clip, with --videos or --export-prompts: the first so many (default: all)")
+    what("--stretch", action="store_true", help="--videos of another shape than the clips are resized all the same")
     what("--samples", type=int, default=1, help="of a clip: their mean, and the best of them (default %(default)s)")
     alone = "pushed: that one alone, and figures of objects count no other (default %(default)s)"
     what("--marked", choices=("all", "pushed"), default="all", help=f"objects that the model is shown; {alone}")
@@ -279,15 +333,19 @@ def parse_arguments() -> argparse.Namespace:
         "--pips", metavar="FILE", default="pips2_weights.pth", help="weights of the tracker pips (default %(default)s)"
     )
     how = parser.add_argument_group("how").add_argument
-    how("--sampling-steps", type=int, default=10, help="of each stage (default %(default)s)")
+    how("--quick", action="store_true", help="a first look: 8 clips, 4 sampling steps, --metrics physics")
+    how("--sampling-steps", type=int, help="of each stage (default 10; with --quick 4)")
     how("--guidance", type=float, nargs=2, default=[1.0, 1.0], metavar=("FIRST", "LAST"), help="default 1 1: none")
-    how("--batch", type=int, default=8, help="clips that are sampled together (default %(default)s)")
+    halved = "a batch that does not fit into a GPU is halved"
+    how("--batch", type=int, default=8, help=f"clips that are sampled together; {halved} (default %(default)s)")
     how("--seed", type=int, default=0, help="of the noise, and of training (default %(default)s)")
     how("--cache", metavar="DIR", help="where samples are kept; default: in the data folder")
-    how("--json", default="evaluation.json", metavar="FILE", help="figures and settings (default %(default)s)")
+    how("--json", metavar="FILE", help="where figures and settings are written, too")
     how("--quiet", action="store_true", help="no progress bar")
     rows = parser.add_argument_group("training of --table").add_argument
     rows("--steps", type=int, default=3000, help="of training, for each stage (default %(default)s)")
+    rows("--minutes", type=float, help="of training, for each stage, instead of --steps")
+    rows("--seeds", type=int, help="trainings of each row, from --seed on (default: 3 with a GPU, else 1)")
     rows("--train-batch", type=int, default=8, help="clips a step (default %(default)s)")
     rows("--preset", default="tiny", help="of train.py: size of the models (default %(default)s)")
     rows("--precision", choices=("fp32", "bf16"), help="of training; default: that of train.py")
@@ -297,31 +355,62 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def fill_in(arguments: argparse.Namespace) -> None:
+    """Defaults that depend on what is asked. Raises ValueError for what makes no sense."""
+    usual = "physics,fvd,fvmd" if arguments.videos else "physics" if arguments.quick else "physics,demo"
+    defaults = USUAL | (QUICK if arguments.quick else {}) | {"metrics": usual}
+    for name, value in (defaults | {"seeds": 3 if torch.cuda.is_available() else 1}).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     for name, known in (("metrics", "physics,fvd,fvmd,demo"), ("trackers", "lk,flow,pips,exact")):
         setattr(arguments, name, getattr(arguments, name).split(","))
         if unknown := set(getattr(arguments, name)) - set(known.split(",")):
             raise ValueError(f"--{name} {','.join(sorted(unknown))}: expected some of {known}")
-    counts = ("clips", "samples", "sampling_steps", "batch", "train_batch", "steps")
-    if min(getattr(arguments, name) for name in counts) < 1:
-        raise ValueError(f"--{', --'.join(counts).replace('_', '-')}: expected 1 at least")
-    path = Path(arguments.json)
-    if not path.parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.parent}")
-    if arguments.table:
-        if not arguments.val:
-            raise ValueError("--table needs --val, clips that were not trained on")
+    for name in ("clips", "frames", "samples", "sampling_steps", "batch", "train_batch", "steps", "seeds"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 at least")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise ValueError(f"--minutes {arguments.minutes:g}: expected a number above 0")
+    asked = [name for name in ("model", "table", "videos", "export_prompts") if getattr(arguments, name)]
+    if len(asked) != 1:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in asked) or "nothing"
+        raise ValueError(f"expected one of --model, --table, --videos and --export-prompts, got {told}")
+    if arguments.table and not arguments.val:
+        raise ValueError("--table needs --val, clips that were not trained on")
+    if arguments.videos and "demo" in arguments.metrics:
+        raise ValueError("--metrics demo: asks what other pushes do, which --videos do not show: physics, fvd or fvmd")
+    if arguments.json and not Path(arguments.json).parent.is_dir():
+        raise ValueError(f"--json {arguments.json}: there is no folder {Path(arguments.json).parent}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    fill_in(arguments)
+    if arguments.export_prompts:
+        text, result = export_prompts(arguments.data, arguments.export_prompts, arguments.clips, arguments.frames), {}
+    elif arguments.videos:
+        text, result = evaluate_videos(arguments)
+    elif arguments.table:
         text, result = table(arguments)
     else:
-        if not arguments.model:
-            raise ValueError("expected --model DIR or --table 1 or 3")
         arguments.val = arguments.data
         result = evaluate(arguments, Path(arguments.model))
         scenarios = metrics.scenario_tables(result["scenarios"]) if len(result["scenarios"]) > 2 else []
         text = "\n\n".join([*scenarios, markdown(result["figures"]), footnote(result["settings"])])
-    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-    written_whole(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
+    if arguments.json:
+        write_json(Path(arguments.json), result)
     print(text)
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Figures and settings, without what only serves to compare rows."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items() if not isinstance(part, Row)}
+        return [plain(part) for part in value] if isinstance(value, list) else value
+
+    result = json.loads(json.dumps(plain(result)), parse_constant=lambda _: None)  # JSON has no NaN
+    written_whole(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def main() -> None:

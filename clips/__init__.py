@@ -5,6 +5,7 @@ from clips.clip import CAMERA_YAW_UNIT, Clip, ClipDataset, ResumableSampler, fin
 from clips.maps import open_picture, read_depth, read_ids
 from clips.motion import Motion, draft_video, render, unrender
 from clips.pictures import CODEC_VERSION
+from clips.video import frames_a_second, read_video
 
 __all__ = [
     "CAMERA_YAW_UNIT",
@@ -15,9 +16,11 @@ __all__ = [
     "ResumableSampler",
     "draft_video",
     "find_clips",
+    "frames_a_second",
     "open_picture",
     "read_depth",
     "read_ids",
+    "read_video",
     "render",
     "unrender",
 ]

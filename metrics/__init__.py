@@ -1,16 +1,18 @@
 """Measures of generated motion and video, one function a figure: tensors in, dict out."""
 
-from metrics.features import Features, extractors_of
+from metrics.features import Features, check_sets, extractors_of
 from metrics.frechet import (
+    FEWEST,
     I3D,
     WINDOW,
+    distance_draws,
     frechet_distance,
     motion_histogram,
     random_features,
     set_distance,
     tracked_features,
 )
-from metrics.labels import COLUMNS, LABELS, cell, left_out, line, markdown, scenario_tables
+from metrics.labels import COLUMNS, LABELS, cell, change, left_out, line, markdown, scenario_tables
 from metrics.motion import (
     Maps,
     Sums,
@@ -25,9 +27,11 @@ from metrics.motion import (
     mean_of,
     permanence,
     psnr,
+    resample,
     summarise,
     two_classes,
 )
+from metrics.paired import Row, average, differences
 from metrics.physics import (
     HIT_TRUTH,
     PUSH_TRUTH,
@@ -45,28 +49,37 @@ from metrics.physics import (
     ids_by_color,
     physics_figures,
 )
+from metrics.videos import RULES, named_folders, read_fitted, video_figures, videos_of
 
 __all__ = [
     "COLUMNS",
+    "FEWEST",
     "Features",
     "HIT_TRUTH",
     "I3D",
     "LABELS",
     "Maps",
     "PUSH_TRUTH",
+    "RULES",
+    "Row",
     "Scene",
     "Sums",
     "WINDOW",
     "asked",
+    "average",
     "by_scenario",
     "carry",
     "carry_seen",
     "cell",
     "centroid_error",
+    "change",
+    "check_sets",
     "combine",
     "demo_figures",
     "depth_error",
+    "differences",
     "displacement",
+    "distance_draws",
     "drive_figures",
     "extractors_of",
     "fallen_ids",
@@ -84,13 +97,18 @@ __all__ = [
     "mean_iou",
     "mean_of",
     "motion_histogram",
+    "named_folders",
     "permanence",
     "physics_figures",
     "psnr",
     "random_features",
+    "read_fitted",
+    "resample",
     "scenario_tables",
     "set_distance",
     "summarise",
     "tracked_features",
     "two_classes",
+    "video_figures",
+    "videos_of",
 ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
-from metrics.frechet import I3D, random_features, set_distance, tracked_features
-from metrics.motion import Maps
+from metrics import frechet
+from metrics.frechet import I3D, distance_draws, random_features, set_distance, tracked_features
+from metrics.motion import Maps, interval_of
 from metrics.physics import Scene
 from metrics.trackers import Pips, chain_flow, lucas_kanade
 
@@ -40,12 +42,22 @@ def extractors_of(
     return found
 
 
+def check_sets(groups: Sequence[str], clips: int, frames: int, data: str) -> None:
+    """Raises ValueError where Frechet distances are asked of too few clips, or FVMD of clips that are too short."""
+    asked = [name for name in groups if name in ("fvd", "fvmd")]
+    if asked and clips < frechet.FEWEST:
+        needs = f"a Frechet distance (--metrics {','.join(asked)}) needs {frechet.FEWEST} at least"
+        raise ValueError(f"{data}: measured are {clips} clips, {needs}")
+    if "fvmd" in asked and frames < frechet.WINDOW:
+        raise ValueError(f"{data}: clips have {frames} frames, FVMD (--metrics fvmd) needs {frechet.WINDOW}")
+
+
 class Features:
     """Features of clips by name and source, and the Frechet distances between their sets."""
 
     def __init__(self, extractors: dict[str, list[Extractor]], exact: Callable[[Scene], Tensor] | None = None) -> None:
         """exact: FVMD's features of a scene by a perfect tracker of the truth, against which the others are checked."""
-        self.extractors, self.exact, self.found = extractors, exact, {}
+        self.extractors, self.exact, self.found, self.drawn = extractors, exact, {}, {}
 
     def add(self, source: str, maps: Maps, scene: Scene) -> None:
         for name, several in self.extractors.items():
@@ -58,14 +70,20 @@ class Features:
     def distances(self, source: str) -> dict[str, dict]:
         """Distance of a source's set from the truth's; for "truth" the floor, one half of it against the other."""
         figures = {}
-        for name, several in self.extractors.items():
-            parts = [self.found.get((name, k), {}) for k in range(len(several))]
-            if all(source in part for part in parts):
-                pairs = [(part[source], part["truth"]) for part in parts]
-                ddof, scaled = 0 if name.startswith("FVD") else 1, name.startswith("rfvd")  # FVD's covariance is over N
-                figures[name] = set_distance(pairs, source == "truth", ddof, scaled)
+        for name, (value, drawn, clips) in self.draws(source, halves=source == "truth").items():
+            figures[name] = {"value": value, "interval": interval_of(drawn), "clips": clips}
         for name in self.extractors if source == "truth" and self.exact else ():
             if name.startswith("FVMD"):
                 pair = (self.found[(name, 0)]["truth"], self.found["exact"]["truth"])
                 figures[f"{name[:-2]}: its tracks of the truth against exact tracks ↓"] = set_distance([pair])
         return figures
+
+    def draws(self, source: str, halves: bool = False) -> dict[str, tuple[float, np.ndarray, int]]:
+        """`distance_draws` of a source's set from the truth's, by name; each is computed once."""
+        for name, several in self.extractors.items():
+            parts = [self.found.get((name, k), {}) for k in range(len(several))]
+            if (source, halves, name) not in self.drawn and all(source in part for part in parts):
+                pairs = [(part[source], part["truth"]) for part in parts]
+                ddof, scaled = 0 if name.startswith("FVD") else 1, name.startswith("rfvd")  # FVD's covariance is over N
+                self.drawn[source, halves, name] = distance_draws(pairs, halves, ddof, scaled)
+        return {key[2]: drawn for key, drawn in self.drawn.items() if key[:2] == (source, halves)}

@@ -24,7 +24,10 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor
 
+from metrics.motion import interval_of
+
 SET_RESAMPLES = 100  # of that of a Frechet distance
+FEWEST = 8  # clips: the covariance of fewer is that of single clips
 WINDOW = 16  # frames that FVMD looks at
 GRID = 20  # points along each side
 SHORT_SIDE = 256  # pixels in which tracks are measured, whatever the size of the video
@@ -206,22 +209,23 @@ def random_features(video: Tensor, seed: int, motion: bool) -> Tensor:
     return torch.cat(means, dim=1).cpu()
 
 
-def set_distance(
+def distance_draws(
     pairs: list[tuple[list[Tensor], list[Tensor]]],
     halves: bool = False,
     ddof: int = 1,
     scaled: bool = False,
-) -> dict:
-    """Frechet distance of sets of clips (features [M, D] of each), in the mean over pairs of sets.
+) -> tuple[float, np.ndarray, int]:
+    """Frechet distance of sets of clips (features [M, D] of each), in the mean over pairs of sets; what it is of
+    SET_RESAMPLES draws of the clips, the same for all sets of as many; and the number of clips.
 
     halves: of one half of the clips against the other (a floor). scaled: in units of the second set's spread, for
-    features of arbitrary scale. The bootstrap over clips is too high, because clips repeat in a sample: its 95 %
-    interval is moved so that its mean is the value."""
+    features of arbitrary scale. The bootstrap over clips is too high, because clips repeat in a sample: the draws are
+    moved so that their mean is the value."""
     random, count = np.random.default_rng(0), len(pairs[0][0])
     mixed = random.permutation(count)
     left, right = (mixed[::2], mixed[1::2]) if halves else (mixed, mixed)
     if min(len(left), len(right)) < 2:
-        return {"value": math.nan, "interval": [math.nan, math.nan], "clips": len(right)}
+        return math.nan, np.full(1, math.nan), len(right)
 
     units = [torch.cat(y).std(dim=0) if scaled else torch.ones(()) for _, y in pairs]
     units = [unit.clamp(min=0.01 * unit.mean().item() + 1e-12) for unit in units]
@@ -236,5 +240,12 @@ def set_distance(
     for _ in range(SET_RESAMPLES):
         draw, other = (random.integers(len(side), size=len(side)) for side in (left, right))
         drawn.append(mean(left[draw], right[other] if halves else right[draw]))
-    low, high = np.percentile(drawn, [2.5, 97.5]) - np.mean(drawn) + value
-    return {"value": value, "interval": [float(low), float(high)], "clips": len(right)}
+    return value, np.array(drawn) - np.mean(drawn) + value, len(right)
+
+
+def set_distance(
+    pairs: list[tuple[list[Tensor], list[Tensor]]], halves: bool = False, ddof: int = 1, scaled: bool = False
+) -> dict:
+    """As `distance_draws`: the value, its 95 % interval, and the number of clips."""
+    value, drawn, clips = distance_draws(pairs, halves, ddof, scaled)
+    return {"value": value, "interval": interval_of(drawn), "clips": clips}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is better
     "hit": "will it be hit, balanced accuracy ↑",
@@ -12,6 +13,9 @@ LABELS = {  # what is printed, in this order; ↑ more is better, ↓ less is be
     "epe_all": "flow error on all pixels, px ↓",
     "psnr": "Stage II given true motion: PSNR, dB, clips that move ↑",
     "psnr_own": "Stage II given own motion: PSNR, dB, clips that move ↑",
+    "psnr_video": "PSNR, dB, clips that move ↑",
+    "ids_video": "ids by colour: mIoU with those of the true video ↑",
+    "moved_video": "which objects move, video by colour, balanced accuracy ↑",
     "painted_ids": "Stage II given own motion: mIoU of ids by colour with its ids ↑",
     "fallen_carried": "dominoes: which have fallen, frame-0 ids carried by flow, balanced accuracy ↑",
     "fallen_ids": "dominoes: which have fallen, generated ids, balanced accuracy ↑",
@@ -47,8 +51,14 @@ def cell(figure: dict | None) -> str:
     if figure is None or math.isnan(figure["value"]):
         return "-"
     digits = 3 if abs(figure["value"]) < 10 else 1
-    low, high = figure["interval"]
-    return f"{figure['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    value, low, high = (f"{part:.{digits}f}" for part in (figure["value"], *figure["interval"]))
+    return f"{value} [{low}, {high}]".replace(f"-{0:.{digits}f}", f"{0:.{digits}f}")  # no minus before nothing
+
+
+def change(figure: dict | None) -> str:
+    """A difference with its interval, and whether it is for the better, where its interval says so."""
+    word = {True: " better", False: " worse"}.get(figure["better"], "") if figure else ""
+    return cell(figure) + word
 
 
 COLUMNS = {
@@ -57,6 +67,7 @@ COLUMNS = {
     "codec": "truth through the VAE",
     "twin": "twin",
     "truth": "truth",
+    "half": "half of the truth and the other",
 }
 
 
@@ -64,7 +75,7 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def markdown(figures: dict[str, dict]) -> str:
+def markdown(figures: dict[str, dict], cell: Callable[[dict | None], str] = cell) -> str:
     """Figures by source and name -> a table: a figure a line, a source a column."""
     names = dict.fromkeys(name for found in figures.values() for name in found)
     shown = [name for name in LABELS if name in names] + [n for n in names if n not in LABELS and " " in n]

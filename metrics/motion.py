@@ -128,11 +128,12 @@ def combine(sums: np.ndarray) -> np.ndarray:
         return (sums[..., ::2] / sums[..., 1::2]).mean(axis=-1)
 
 
-def summarise(*groups: list[dict[str, Sums]]) -> dict[str, dict]:
-    """Figures by clip -> value, 95 % bootstrap interval over clips, and the number of clips that have it, by name.
+def resample(*groups: list[dict[str, Sums]]) -> dict[str, tuple[float, np.ndarray, int]]:
+    """Figures by clip -> by name: the value, what it is of RESAMPLES draws of the clips [R], and the number of clips
+    that have it. Rows with as many clips see the same draws, so that two rows can be compared draw by draw.
 
     Of several groups of clips (scenarios): the mean over those that have the figure, clips drawn anew in each."""
-    summary = {}
+    found = {}
     for name in dict.fromkeys(name for rows in groups for row in rows for name in row):
         values, resampled, counted = [], [], 0
         for k, rows in enumerate(rows for rows in groups if any(name in row for row in rows)):
@@ -146,10 +147,24 @@ def summarise(*groups: list[dict[str, Sums]]) -> dict[str, dict]:
             resampled.append(combine(sums[draws].sum(axis=1)))
             counted += int((sums[:, 1::2].sum(axis=1) > 0).sum())
         means = np.mean(resampled, axis=0) if resampled else np.full(1, np.nan)
-        low, high = np.nanpercentile(means, [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
-        value = float(np.mean(values)) if values else math.nan
-        summary[name] = {"value": value, "interval": [float(low), float(high)], "clips": counted}
-    return summary
+        found[name] = (float(np.mean(values)) if values else math.nan, means, counted)
+    return found
+
+
+def interval_of(drawn: np.ndarray) -> list[float]:
+    """The 95 % interval of resampled values [R]; NaN, where a draw had no clip that counts, says nothing."""
+    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    return [float(low), float(high)]
+
+
+def summarise(*groups: list[dict[str, Sums]]) -> dict[str, dict]:
+    """Figures by clip -> value, 95 % bootstrap interval over clips, and the number of clips that have it, by name.
+
+    Of several groups of clips (scenarios): the mean over those that have the figure, clips drawn anew in each."""
+    return {
+        name: {"value": value, "interval": interval_of(drawn), "clips": clips}
+        for name, (value, drawn, clips) in resample(*groups).items()
+    }
 
 
 def by_scenario(rows: dict[str, list[dict[str, Sums]]], scenarios: list[str]) -> dict[str, dict[str, dict]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -110,6 +111,11 @@ class Sampler:
         return [{name: value[i] for name, value in maps.items()} for i in range(len(scenes))]
 
     def sample(self, scenes: list[Scene], kind: str, seed: int) -> Maps:
+        """Of a batch; where it does not fit into the GPU, of each half of it, with noise of its own."""
+        motion = self.motion(scenes, kind, seed) if kind.startswith("rgb") else None
+        return in_halves(lambda some, given: self.sample_together(some, kind, seed, given), scenes, motion)
+
+    def sample_together(self, scenes: list[Scene], kind: str, seed: int, given: Motion | None) -> Maps:
         model, push = self.model, "arrow" if kind.startswith("rgb") else kind
         stage = model.stage2 if kind.startswith("rgb") else model.stage1
         arrows = [one_arrow(scene, push, stage.config) for scene in scenes]
@@ -130,7 +136,7 @@ class Sampler:
         if stage is model.stage1:
             motion, _ = dream(stage, None, *firsts, **told)
             return {name: value for name, value in vars(motion).items() if value is not None}
-        _, video = dream(None, stage, *firsts, **told, motion=self.motion(scenes, kind, seed))
+        _, video = dream(None, stage, *firsts, **told, motion=given)
         return {kind: video}
 
     def motion(self, scenes: list[Scene], kind: str, seed: int) -> Motion:
@@ -149,6 +155,23 @@ class Sampler:
             first = value[:, 0] if name in ("segmentation", "depth") else None
             maps[name] = round_trip(vae, name, value, first)
         return maps
+
+
+def in_halves(sample: Callable[[list[Scene], Motion | None], Maps], scenes: list[Scene], motion: Motion | None) -> Maps:
+    """`sample` of scenes and their motion, or where memory does not suffice, of each half of them. Raises ValueError
+    when a single one is too much."""
+    try:
+        return sample(scenes, motion)
+    except torch.OutOfMemoryError:
+        if len(scenes) == 1:
+            raise ValueError(f"{scenes[0].path}: sampling this clip alone takes more memory than the GPU has") from None
+    torch.cuda.empty_cache()  # here, where the failed try no longer holds its tensors
+    half = len(scenes) // 2
+    parts = [
+        in_halves(sample, scenes[part], motion and motion.map(lambda value, part=part: value[part]))
+        for part in (slice(half), slice(half, None))
+    ]
+    return {name: torch.cat([maps[name] for maps in parts]) for name in parts[0]}
 
 
 def compact(value: Tensor) -> Tensor:

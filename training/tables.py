@@ -1,4 +1,5 @@
-"""The rows of the paper's Tables 1 and 3, and the training of a model for each; all else is the same in all rows.
+"""The rows of the paper's Tables 1 and 3: the training of a model for each, where all else is the same in all rows, and
+how they are printed beside the paper's.
 
 folder = train_row("without_depth", arguments)     # the arguments of evaluate.py
 """
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from metrics import COLUMNS, LABELS, cell, change, line
 from motion_dreamer import ABLATIONS, STAGE2
 
 # By the name of our row: what the paper calls it, and its FVD and FVMD there, on Physion with SVD's weights.
@@ -40,10 +42,12 @@ def train_row(row: str, arguments: argparse.Namespace) -> Path:
 
     A Stage II that is configured as that of the full model is that one: it would train to the same weights."""
     root = Path(arguments.runs)
-    name = f"{arguments.preset}-{arguments.steps}-{arguments.seed}"
+    long = f"{arguments.minutes:g}min" if arguments.minutes else str(arguments.steps)
+    name = f"{arguments.preset}-{long}-{arguments.seed}"
     base, folder = root / f"{name}-vae", root / f"{name}-{row}"
     told = ["--preset", arguments.preset, "--data", arguments.data, "--seed", str(arguments.seed)]
-    told += ["--steps", str(arguments.steps), "--batch", str(arguments.train_batch), *RECIPE]
+    told += ["--minutes", str(arguments.minutes)] if arguments.minutes else ["--steps", str(arguments.steps)]
+    told += ["--batch", str(arguments.train_batch), *RECIPE]
     if not arguments.codec:
         train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
     for part in ("vae", "image_encoder"):
@@ -76,3 +80,30 @@ def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
     if done.returncode:
         raise ValueError(f"{folder}: train.py --stage {stage} ended with exit code {done.returncode}")
     finished.write_text(json.dumps(told))
+
+
+# ------------------------------------------------------------------------------------------------------ how they look
+
+SHOWN = ("hit_video", "fallen_video", "hit", "epe_relative", "iou_last")  # beside Frechet distances
+OURS = "motion_dreamer"  # the row that the others are compared with
+Figures = dict[str, dict]  # by name
+
+
+def table_text(
+    number: int, means: dict[str, Figures], ours: dict[str, Figures], beside: dict[str, Figures], told: str
+) -> str:
+    """Markdown of a table: our rows (`means`) beside the paper's figures, and what stands beside all rows; then the
+    difference of every row from ours, with its interval; then what it was measured by (`told`)."""
+    names = [n for n in beside["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
+    head = [LABELS.get(name, name) for name in names]
+    lines = [line(["method", "paper: FVD ↓", "paper: FVMD ↓", *head]), "|---" * (len(names) + 3) + "|"]
+    for row, (label, fvd, fvmd) in TABLES[number].items():
+        lines.append(line([label, str(fvd), str(fvmd), *(cell(means[row].get(n)) for n in names)]))
+    for source in ("still", "codec", "twin", "truth"):
+        lines.append(line([COLUMNS[source], "", "", *(cell(beside[source].get(n)) for n in names)]))
+    labels = {row: label for row, (label, *_) in TABLES[number].items()}
+    lines += ["", line([f"difference from {labels[OURS]}", *head]), "|---" * (len(names) + 1) + "|"]
+    lines += [line([labels[row], *(change(found.get(n)) for n in names)]) for row, found in ours.items()]
+    paper = "The paper: SVD's size, Physion. Only the order of rows compares."
+    pairs = "Differences: the same clips and seeds, better or worse where the 95 % interval leaves zero out."
+    return "\n".join([*lines, "", f"{told} {paper} {pairs}"])
