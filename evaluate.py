@@ -285,10 +285,11 @@ def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
     for k, path in enumerate(tqdm(paths, "videos", unit="clip", disable=arguments.quiet)):
         scene = truth_of(path, clips.frames, device)
         true, fps = scene.truth["arrow"]["rgb"], scene.truth["arrow"]["fps"].item()
+        known = metrics.ids_by_color(true, scene.truth["arrow"]["segmentation"][0])
         fitted = (clips.frames, fps, (clips.height, clips.width), arguments.stretch)
         seen = {name: metrics.read_fitted(some[k], *fitted).to(device) for name, some in videos.items()}
         for name, video in (seen | {"still": true[:1].expand_as(true), "truth": true}).items():
-            rows[name].append(metrics.video_figures(video, scene) if "physics" in arguments.metrics else {})
+            rows[name].append(metrics.video_figures(video, scene, known) if "physics" in arguments.metrics else {})
             features.add(name, {"rgb_own": video}, scene)
     compared = {name: Row([some], [features.draws(name)]) for name, some in rows.items()}
     figures = {name: metrics.average(row) for name, row in compared.items()} | {"half": features.distances("truth")}

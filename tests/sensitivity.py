@@ -1,6 +1,7 @@
 """How much worse each measure gets when true clips are shuffled in time, frozen, delayed or blurred. Prints a table.
 
 python tests/sensitivity.py data/val --clips 24
+python tests/sensitivity.py data/val --clips 24 --videos out    # written as mp4 and measured by evaluate.py --videos
 """
 
 import argparse
@@ -16,9 +17,10 @@ import torch.nn.functional as nnf  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import evaluate  # noqa: E402
 import metrics  # noqa: E402
-from evaluate import truth_of  # noqa: E402
 from metrics import LABELS, Features, cell, extractors_of, frozen  # noqa: E402
+from show import to_uint8, write_video  # noqa: E402
 
 SHOWN = (
     "epe_relative",
@@ -57,14 +59,40 @@ def degraded(maps: metrics.Maps) -> dict[str, metrics.Maps]:
     }
 
 
+def row_of(how: str) -> str:
+    return how.replace(" ", "_")
+
+
+def write_degraded(scene: metrics.Scene, out: Path) -> None:
+    """An mp4 of each kind: OUT/KIND/NAME.mp4."""
+    for how, maps in degraded(scene.truth["arrow"]).items():
+        (out / row_of(how)).mkdir(parents=True, exist_ok=True)
+        path = out / row_of(how) / f"{scene.path.stem}.mp4"
+        write_video(path, to_uint8(maps["rgb"]), maps["fps"].item())
+
+
+def measure_videos(paths: list[Path], data: str, out: Path) -> None:
+    for path in tqdm(paths):
+        scene = evaluate.truth_of(path, 16, "cpu")
+        write_degraded(scene, out)
+    rows = [str(out / row_of(how)) for how in degraded(scene.truth["arrow"])]
+    told = ["--data", data, "--frames", "16", "--clips", str(len(paths)), "--json", str(out / "sensitivity.json")]
+    sys.argv = ["evaluate.py", "--videos", *rows, *told]
+    evaluate.main()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", metavar="DIR", help="clips of clips.simulate")
     parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--videos", metavar="DIR", help="write videos there, and measure these")
     arguments = parser.parse_args()
+    paths = sorted(Path(arguments.data).glob("*.safetensors"))[: arguments.clips]
+    if arguments.videos:
+        return measure_videos(paths, arguments.data, Path(arguments.videos))
     features, rows = Features(extractors_of(["fvd", "fvmd"], ["lk", "flow"], None, None, "cpu")), {}
-    for path in tqdm(sorted(Path(arguments.data).glob("*.safetensors"))[: arguments.clips]):
-        scene = truth_of(path, 16, "cpu")
+    for path in tqdm(paths):
+        scene = evaluate.truth_of(path, 16, "cpu")
         whole = scene.truth["arrow"] | {"rgb_own": scene.truth["arrow"]["rgb"]}
         features.add("truth", whole, scene)
         for how, maps in degraded(scene.truth["arrow"]).items():

@@ -388,6 +388,7 @@ def run(monkeypatch, *arguments):
 
 def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "FEWEST", 2)
     monkeypatch.setattr(metrics.features, "lucas_kanade", partial(lucas_kanade, levels=1, iterations=1))
     told = ["--model", folders / "model", "--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1]
     told += ["--batch", 2, "--quiet", "--json", tmp_path / "all.json", "--clips", 2]
@@ -703,6 +704,7 @@ def test_table_1(folders, monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(tables, "train", train)
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "FEWEST", 1)
     told = [
         "--trackers",
         "flow",
@@ -723,6 +725,11 @@ def test_table_1(folders, monkeypatch, capsys, tmp_path):
     assert ("tiny-3000-0-one_stage", "one") in [c[:2] for c in commands]
     assert {c[1] for c in commands if c[0].endswith("sparse_flow")} == {"1", "2"}
     assert lines[5].startswith("| nothing moves |") and lines[8].startswith("| truth |")
+    assert lines[10].startswith("| difference from Ours | ") and lines[12].startswith("| One-stage* | - | ")
+    found, wanted = (json.loads((tmp_path / "t.json").read_text())[name] for name in ("means", "differences"))
+    assert wanted.keys() == {"one_stage", "sparse_flow"} and wanted["one_stage"]["hit_video"]["better"] is None
+    means = [found[row]["epe_relative"]["value"] for row in ("sparse_flow", "motion_dreamer")]
+    assert wanted["sparse_flow"]["epe_relative"]["value"] == pytest.approx(means[0] - means[1])
 
 
 def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
@@ -746,11 +753,42 @@ def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
     assert [c[1] for c in commands[3:]] == ["1", "2"]
 
 
+def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
+    """Each seed of a row is compared with the same seed of ours."""
+    asked = []
+
+    def evaluated(arguments, folder, shared):
+        asked.append((folder.name, arguments.seed))
+        far = arguments.seed + 10 * (folder.name != "motion_dreamer")
+        rows = [{"hit": (float(far), 1.0)}] * 9
+        figures = {source: metrics.summarise(rows) for source in evaluate.BESIDE}
+        return {"figures": figures, "settings": SETTLED, "row": metrics.Row([rows], [{}])}
+
+    monkeypatch.setattr(evaluate, "train_row", lambda row, arguments: tmp_path / row)
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    told = ["--table", 1, "--data", "d", "--val", "v", "--seeds", 3, "--seed", 4, "--json", tmp_path / "t.json"]
+    run(monkeypatch, *told, "--minutes", 0.5)
+    assert asked == [(row, seed) for row in ("one_stage", "sparse_flow", "motion_dreamer") for seed in (4, 5, 6)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| One-stage* | 173.0 | 224.3 | 15.0 [14.0, 16.0]")
+    assert lines[-3].endswith("| 10.0 [10.0, 10.0] better |") and "0.5 minutes a stage, 3 seeds" in lines[-1]
+    written = json.loads((tmp_path / "t.json").read_text())["rows"]["one_stage"]
+    assert len(written) == 3 and all(found.keys() == {"figures", "settings"} for found in written)
+
+
+SETTLED = {
+    "clips": 9, "val": "v", "frames": 16, "size": [32, 16], "sampling_steps": 10, "guidance": [1, 1], "seed": 4,
+    "marked": "all", "weights": "w", "lacking": {},
+}  # fmt: skip
+
+
 def test_what_was_measured_for_one_model_serves_the_next(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "FEWEST", 2)
     told = ["--data", folders / "data", "--cache", tmp_path, "--sampling-steps", 1, "--quiet", "--clips", 2]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, told), "--model", "x"])
     arguments = evaluate.parse_arguments()
+    evaluate.fill_in(arguments)
     arguments.val, arguments.metrics, arguments.trackers = arguments.data, ["fvd", "physics"], ["flow"]
     shared = {}
     first = evaluate.evaluate(arguments, folders / "model", shared)["figures"]
@@ -776,17 +814,23 @@ def test_what_was_measured_for_one_model_serves_the_next(folders, monkeypatch, t
         (["--metrics", "fvmd", "--trackers", "pips", "--pips", "missing.pth"], "missing.pth"),
         (["--trackers", "magic"], "magic"),
         (["--json", "nowhere/e.json"], "nowhere"),
-        (["--table", "3"], "--val"),
+        (["--table", "3"], "--table needs --val"),
+        (["--metrics", "fvmd,fvd"], "3 clips, a Frechet distance (--metrics fvmd,fvd) needs 8"),
+        (["--videos", "x"], "got --model, --videos"),
+        (["--minutes", "0"], "--minutes 0"),
     ],
 )
 def test_one_clear_line(folders, monkeypatch, capsys, tmp_path, change, message):
+    if "--i3d" in change or "--pips" in change:
+        monkeypatch.setattr(frechet, "FEWEST", 3)
     for name in ("empty", "mixed", "short", "foreign"):
         (tmp_path / name).mkdir()
     shutil.copy(folders / "data" / "1.safetensors", tmp_path / "mixed" / "1.safetensors")
     moving_squares(0, 16, 16, 24).save(tmp_path / "mixed" / "2.safetensors")
     moving_squares(0, 4, 16, 32).save(tmp_path / "short" / "1.safetensors")
     moving_squares(0, 16, 16, 32).save(tmp_path / "foreign" / "1.safetensors")
-    told = ["--model", folders / "model", "--data", folders / "data", "--quiet", "--cache", tmp_path / "cache"]
+    told = [] if "--table" in change else ["--model", folders / "model"]
+    told += ["--data", folders / "data", "--quiet", "--cache", tmp_path / "cache"]
     told += [
         "--json",
         tmp_path / "e.json",

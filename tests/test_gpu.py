@@ -233,6 +233,7 @@ def test_evaluate_py(monkeypatch, capsys, tmp_path):
     """All measures of one clip that do not need weights, of the demo model."""
     simulate, evaluate = pytest.importorskip("clips.simulate"), pytest.importorskip("evaluate")
     monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "FEWEST", 1)
     simulate.simulate("dominoes", 2000000, 16, (128, 64)).save(tmp_path / "data" / "0.safetensors")
     told = ["--model", DEMO, "--data", tmp_path / "data", "--clips", 1, "--sampling-steps", 2, "--quiet"]
     run(monkeypatch, evaluate, *told, "--metrics", "physics,fvd,fvmd,demo", "--json", tmp_path / "figures.json")
