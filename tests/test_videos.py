@@ -231,9 +231,9 @@ def test_sizes():
     video = videos.resized(random, (6, 8), False, Path("v"))
     assert torch.equal(video, torch.from_numpy(random).permute(0, 3, 1, 2).float() / 127.5 - 1)
     assert torch.equal(videos.resized(np.pad(random, ((0, 0), (0, 1), (0, 1), (0, 0))), (6, 8), False, "v"), video)
-    stripes = np.zeros((1, 12, 16, 3), np.uint8)
-    stripes[:, :, ::2] = 255  # that neighbours are averaged shows: a picked one is black or white
-    assert videos.resized(stripes, (6, 8), False, Path("v")).abs().max() < 0.3
+    stripes = np.zeros((1, 24, 32, 3), np.uint8)
+    stripes[:, :, ::4] = 255  # a quarter is white: who picks one or two pixels of four sees black
+    assert (videos.resized(stripes, (6, 8), False, Path("v")) + 0.5).abs().max() < 0.3
     flat = np.full((2, 60, 81, 3), 51, np.uint8)
     assert videos.resized(flat, (6, 8), False, Path("v")).shape == (2, 3, 6, 8)  # 1.25 % off
     assert torch.allclose(videos.resized(flat[:, :50], (6, 8), True, Path("v")), torch.tensor(-0.6))
@@ -275,6 +275,8 @@ def test_prompts_say_what_our_models_are_told(clips, monkeypatch, capsys, tmp_pa
             points, owner = metrics.carry_seen(maps["flow"], maps["segmentation"], maps["segmentation"][0])
             way = metrics.displacement(points, owner, scene.pushed)
             assert len(path) == 16 and int(instance) == scene.pushed
+            y, x = (maps["segmentation"][0] == scene.pushed).nonzero().double().mean(dim=0).tolist()
+            assert path[0] == pytest.approx([x + 0.5, y + 0.5], abs=1e-3)
             assert np.subtract(path[-1], path[0]) == pytest.approx(way.tolist(), abs=1e-3)
     assert told == [(1, None), (1, None), (0, "still")]
     for path in tmp_path.glob("p/*.json"):  # a model that only repeats the picture
@@ -386,6 +388,18 @@ def test_a_batch_that_does_not_fit_is_halved(clips):
 
     with pytest.raises(ValueError, match="0.safetensors: sampling this clip alone"):
         in_halves(never, clips, None)
+
+
+def test_what_colours_cannot_tell_is_not_asked(clips):
+    """A thing that moves and has the background's colour, and one that stays and is seen to stay."""
+    ids, video = torch.zeros(16, 24, 48, dtype=torch.long), torch.full((16, 3, 24, 48), -0.5)
+    for t in range(16):
+        ids[t, 4:10, 2 + 2 * t : 10 + 2 * t] = 1
+        ids[t, 14:20, 4:12] = 2
+    video[:, 0][ids == 2] = 0.9
+    maps = {"rgb": video, "segmentation": ids, "flow": torch.zeros(16, 2, 24, 48)}
+    scene = metrics.Scene(Path("x"), {"arrow": maps}, {"arrow": {"pushed": 0}})
+    assert metrics.video_figures(video, scene)["moved_video"] == (0, 0, 1, 1)
 
 
 def test_clips_of_any_origin_have_the_figures_that_they_allow(clips):
