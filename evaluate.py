@@ -1,9 +1,10 @@
-"""Measures a model folder on held-out clips and prints the figures; the paper's Tables 1 and 3 (section 4); and videos
+"""Measures a model folder on held-out clips and prints the figures; the paper's Tables 1 to 3 (section 4); and videos
 that any other model made of the same clips.
 
     python evaluate.py --model demo --data data/val                                   # the figures of the demo model
     python evaluate.py --model demo --data data/val --metrics physics,fvd,fvmd,demo --clips 50 --json figures.json
     python evaluate.py --table 1 --data data/train --val data/val --steps 10000       # trains what is missing
+    python evaluate.py --table 2 --data data/drive --val data/val --init SVD --dry-run    # how to, at the paper's scale
     python evaluate.py --export-prompts prompts --data data/val                       # what another model is told
     python evaluate.py --videos a=out/a b=out/b --data data/val                       # what it made of that
 
@@ -52,7 +53,7 @@ from show import written_whole
 from training.prompts import export_prompts
 from training.sampler import PUSHES, Model, Sampler
 from training.scenes import STRONGER, add_other_pushes, add_twin, truth_of
-from training.tables import TABLES, table_text, train_row
+from training.tables import TABLES, UNTOLD, commands_of, table_text, train_row
 
 
 def exact_features(scene: Scene) -> Tensor:
@@ -225,7 +226,9 @@ def sampler_of(arguments: argparse.Namespace, model: Model) -> Sampler:
     cache = Path(arguments.cache or Path(arguments.val) / ".cache") / "evaluate"
     names = ("sampling_steps", "guidance", "seed", "batch", "marked")
     videos = ("rgb", "rgb_own") if "demo" in arguments.metrics else ("rgb_own",)
-    return Sampler(model, cache, {name: getattr(arguments, name) for name in names}, videos, arguments.quiet)
+    settings = {name: getattr(arguments, name) for name in names}
+    settings |= {"told": arguments.told} if arguments.told != "arrow" else {}  # samples of an arrow keep their names
+    return Sampler(model, cache, settings, videos, arguments.quiet)
 
 
 def features_of(arguments: argparse.Namespace, device: str) -> Features:
@@ -245,7 +248,7 @@ def footnote(settings: dict) -> str:
     return (
         f"{settings['clips']} clips of {settings['val']}, {settings['frames']} frames of {size}, stride 1; "
         f"{settings['sampling_steps']} sampling steps, guidance {settings['guidance']}, seed {settings['seed']}; "
-        f"objects marked: {settings['marked']}; "
+        f"objects marked: {settings['marked']}; told of motion: {settings['told']}; "
         f"weights {settings['weights']}. Covariances: FVD over N, others over N - 1; nothing is added. "
         f"{metrics.left_out(settings['lacking'])}"
     ).strip()
@@ -255,15 +258,19 @@ def footnote(settings: dict) -> str:
 
 
 def table(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Our rows beside the paper's: Markdown, and the figures of every row, by seed."""
+    """Our rows beside the paper's: Markdown, and the figures of every row, by seed. With --init instead, the commands
+    that train them from SVD's weights."""
+    if arguments.init:
+        return commands_of(arguments), {}
     arguments.metrics = ["fvd", "fvmd", "physics"]
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    every = [argparse.Namespace(**vars(arguments) | {"seed": seed}) for seed in seeds]
     shared: list[dict] = [{} for _ in seeds]
-    results = {
-        row: [evaluate(told, train_row(row, told), some) for told, some in zip(every, shared, strict=True)]
-        for row in TABLES[arguments.table]
-    }
+    results: dict[str, list[dict]] = {row: [] for row in TABLES[arguments.table]}
+    for row, several in results.items():
+        how = {"told": "nothing"} if row.endswith(UNTOLD) else {}
+        for seed, known in zip(seeds, shared, strict=True):
+            some = argparse.Namespace(**vars(arguments) | {"seed": seed} | how)
+            several.append(evaluate(some, train_row(row.removesuffix(UNTOLD), some), known))
     rows = {row: sum((found["row"] for found in several[1:]), several[0]["row"]) for row, several in results.items()}
     ours = {row: metrics.differences(rows[row], rows["motion_dreamer"]) for row in rows if row != "motion_dreamer"}
     some = next(iter(results.values()))[0]
@@ -322,11 +329,17 @@ def parse_arguments() -> argparse.Namespace:
     usual = "default physics,demo; with --quick physics, of videos physics,fvd,fvmd"
     what("--metrics", help=f"some of physics,fvd,fvmd,demo ({usual})")
     what("--clips", type=int, help="at most (default 200; with --quick 8)")
-    what("--frames", type=int, help="of each clip, with --videos or --export-prompts: the first so many (default: all)")
+    what(
+        "--frames",
+        type=int,
+        help="the first of each clip, with --videos, --export-prompts (default: all), --dry-run (25)",
+    )
     what("--stretch", action="store_true", help="--videos of another shape than the clips are resized all the same")
     what("--samples", type=int, default=1, help="of a clip: their mean, and the best of them (default %(default)s)")
     alone = "pushed: that one alone, and figures of objects count no other (default %(default)s)"
     what("--marked", choices=("all", "pushed"), default="all", help=f"objects that the model is shown; {alone}")
+    told = "one arrow, of a drive the camera's motion and each car's first step; or nothing (supplement, section 9)"
+    what("--told", choices=("arrow", "nothing"), default="arrow", help=f"of motion: {told} (default %(default)s)")
     what("--i3d", metavar="FILE_OR_REPO", help="i3d_torchscript.pt or a hub id that has it: adds FVD")
     some = "some of lk,flow,pips,exact (exact checks the others; default %(default)s)"
     what("--trackers", default="lk,flow", help=f"of FVMD: {some}")
@@ -352,6 +365,8 @@ def parse_arguments() -> argparse.Namespace:
     rows("--precision", choices=("fp32", "bf16"), help="of training; default: that of train.py")
     rows("--codec", metavar="DIR", help="VAE and image tower of this model folder; else they are trained")
     rows("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of (Small)StageConfig, in all rows")
+    rows("--init", metavar="SVD", help="with --dry-run: rows that start from SVD's weights")
+    rows("--dry-run", action="store_true", help="print the commands that train and measure the rows, data and hours")
     rows("--runs", default="runs/table", metavar="DIR", help="where its models are kept (default %(default)s)")
     return parser.parse_args()
 
@@ -378,6 +393,8 @@ def fill_in(arguments: argparse.Namespace) -> None:
         raise ValueError(f"expected one of --model, --table, --videos and --export-prompts, got {told}")
     if arguments.table and not arguments.val:
         raise ValueError("--table needs --val, clips that were not trained on")
+    if bool(arguments.init) != arguments.dry_run or (arguments.dry_run and not arguments.table):
+        raise ValueError("--init SVD and --dry-run: of --table, and together: it prints the commands, you run them")
     if arguments.videos and "demo" in arguments.metrics:
         raise ValueError("--metrics demo: asks what other pushes do, which --videos do not show: physics, fvd or fvmd")
     if arguments.json and not Path(arguments.json).parent.is_dir():

@@ -776,9 +776,72 @@ def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
     assert len(written) == 3 and all(found.keys() == {"figures", "settings"} for found in written)
 
 
+def test_table_2_measures_the_same_models_told_and_told_nothing(monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def evaluated(arguments, folder, shared):
+        asked.append((folder.name, arguments.told))
+        rows = [{"hit": (1.0 + (arguments.told == "arrow"), 1.0)}] * 9
+        figures = {source: metrics.summarise(rows) for source in evaluate.BESIDE}
+        return {"figures": figures, "settings": SETTLED, "row": metrics.Row([rows], [{}])}
+
+    monkeypatch.setattr(evaluate, "train_row", lambda row, arguments: tmp_path / row)
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    run(monkeypatch, "--table", 2, "--data", "d", "--val", "v", "--seeds", 1)
+    rows = ("one_stage", "sparse_flow", "motion_dreamer")
+    assert asked == [(row, told) for told in ("arrow", "nothing") for row in rows]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].startswith("| Ours | 272.2 | 2913.0 | 2.000 ") and "Vista: 285.8, 3557" in lines[7]
+    assert lines[-3].endswith("| -1.000 [-1.000, -1.000] worse |") and "drives of its own" in lines[-1]
+
+
+def test_told_nothing_is_no_arrow_and_no_camera(tmp_path, told):
+    path = tmp_path / "driving.safetensors"
+    simulate.simulate("driving", 9_000_101, 16, (32, 16)).save(path)
+    scene, seen = truth_of(path, 16, "cpu"), []
+    for settings in ({}, {"told": "nothing"}):  # with one cache
+        some = sampler(tmp_path / "cache", told_stage(STAGE1), told_stage(STAGE2), **settings)
+        seen.append(some.make([scene], "arrow")[0]["flow"])
+        some.make([scene], "rgb_own")
+    assert not torch.equal(*seen) and len(told) == 4
+    for _, given, condition in told[:2]:
+        assert given.F.any() and given.mask.any() and condition.camera.any()
+    for _, given, condition in told[2:]:
+        assert not (given.F.any() or given.mask.any() or condition.camera.any())
+
+
+@pytest.mark.parametrize("number", tables.TABLES)
+def test_commands_at_the_papers_scale(monkeypatch, capsys, number):
+    """Every command is one that its script reads; rows that share a stage share its training; and nothing is made."""
+    import train
+
+    told = ["--table", number, "--data", "d", "--val", "v", "--init", "xt", "--dry-run", "--steps", 7200]
+    run(monkeypatch, *told)
+    lines = capsys.readouterr().out.splitlines()
+    trained = [line.split("train.py ")[1].split() for line in lines if "train.py" in line]
+    stages = []
+    for words in trained:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        found = train.parse_arguments()
+        assert (found.frames, found.init, found.batch, found.steps) == (25, "xt", 1, 7200)
+        stages.append((Path(found.out).name, found.stage))
+    names = [row for row in tables.TABLES[number] if not row.endswith(" untold")]
+    assert len(set(stages)) == len(stages) and {name for name, _ in stages} == set(names)
+    copied = [line for line in lines if line.startswith("cp ")]
+    assert copied == ["cp -r runs/table/motion_dreamer/stage2 runs/table/without_motion_loss/"] * (number == 3)
+    assert len(stages) == 2 * len(names) - ("one_stage" in names) - len(copied)
+    assert lines[-1].startswith(f"Estimated: {len(stages) * 7200 * 0.5 * 25 / 14 / 3600:.0f} hours")
+    for line in (line for line in lines if "evaluate.py" in line):
+        monkeypatch.setattr(sys, "argv", line.split("python ")[1].split())
+        evaluate.fill_in(evaluate.parse_arguments())
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *told, "--frames", 14)
+    assert "--frames 14: FVMD needs 16; SVD's 14 do not suffice" in capsys.readouterr().err
+
+
 SETTLED = {
     "clips": 9, "val": "v", "frames": 16, "size": [32, 16], "sampling_steps": 10, "guidance": [1, 1], "seed": 4,
-    "marked": "all", "weights": "w", "lacking": {},
+    "marked": "all", "told": "arrow", "weights": "w", "lacking": {},
 }  # fmt: skip
 
 
@@ -818,6 +881,7 @@ def test_what_was_measured_for_one_model_serves_the_next(folders, monkeypatch, t
         (["--metrics", "fvmd,fvd"], "3 clips, a Frechet distance (--metrics fvmd,fvd) needs 8"),
         (["--videos", "x"], "got --model, --videos"),
         (["--minutes", "0"], "--minutes 0"),
+        (["--init", "xt"], "--init SVD and --dry-run"),
     ],
 )
 def test_one_clear_line(folders, monkeypatch, capsys, tmp_path, change, message):

@@ -78,7 +78,7 @@ class Sampler:
 
     model: Model
     cache: Path
-    settings: dict  # sampling_steps, guidance, seed, batch, marked
+    settings: dict  # sampling_steps, guidance, seed, batch, marked; told="nothing": neither arrow nor camera
     videos: tuple[str, ...] = ("rgb", "rgb_own")  # of these kinds; the first is only asked by the demo's figures
     quiet: bool = True  # no bars of sampling steps
 
@@ -130,6 +130,8 @@ class Sampler:
             # Every batch has noise of its own, the same for every kind of push: pairs differ by the arrow alone.
             "generator": torch.Generator().manual_seed(seed_of(*noise)),
         }  # fmt: skip
+        if self.settings.get("told") == "nothing":  # supplement, section 9
+            F, told["mask"], told["camera"] = 0 * F, 0 * mask, 0 * told["camera"]
         if kind == "rgb":  # how much moves is known of true motion alone
             told["motion_bucket"] = stacked(scenes, "arrow", "motion_bucket")
         firsts = (model.vae, model.tower, rgb[:, 0], ids[:, 0], depth[:, 0], F)

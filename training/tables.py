@@ -1,4 +1,4 @@
-"""The rows of the paper's Tables 1 and 3: the training of a model for each, where all else is the same in all rows, and
+"""The rows of the paper's Tables 1 to 3: the training of a model for each, where all else is the same in all rows, and
 how they are printed beside the paper's.
 
 folder = train_row("without_depth", arguments)     # the arguments of evaluate.py
@@ -13,15 +13,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-from metrics import COLUMNS, LABELS, cell, change, line
+from metrics import COLUMNS, LABELS, WINDOW, cell, change, line
 from motion_dreamer import ABLATIONS, STAGE2
 
-# By the name of our row: what the paper calls it, and its FVD and FVMD there, on Physion with SVD's weights.
+UNTOLD = " untold"  # ends the name of a row whose model is told nothing of motion (supplement, section 9)
+
+# By the name of our row: what the paper calls it, and its FVD and FVMD there, with SVD's weights, on Physion or (Table
+# 2) drives of its own.
 TABLES = {
     1: {
         "one_stage": ("One-stage*", 173.0, 224.3),
         "sparse_flow": ("MOFA-Video (ours: its sparse flow in our model)", 170.1, 226.2),
         "motion_dreamer": ("Ours", 157.8, 205.1),
+    },
+    2: {
+        "one_stage": ("One-stage*", "-", "-"),
+        "sparse_flow": ("MOFA-Video (ours: its sparse flow in our model)", 309.7, 7176.0),
+        "motion_dreamer": ("Ours", 272.2, 2913.0),
+        "one_stage untold": ("One-stage*, told nothing", "-", "-"),
+        "sparse_flow untold": ("sparse flow, told nothing", "-", "-"),
+        "motion_dreamer untold": ("Ours, told nothing (Vista: 285.8, 3557)", "-", "-"),
     },
     3: {
         "motion_dreamer": ("Motion Dreamer", 157.8, 205.2),
@@ -82,6 +93,48 @@ def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
     finished.write_text(json.dumps(told))
 
 
+# ------------------------------------------------------------------------------------------------ at the paper's scale
+
+STEP = 0.5  # seconds of a step of one clip, 14 frames of 512x320, on an H200 with --checkpointing (docs/training.md)
+CARDS = 8
+
+
+def commands_of(arguments: argparse.Namespace) -> str:
+    """The commands that train and measure a table's rows from SVD's weights (--init), the data that they need, and how
+    long that takes. Rows that share a stage share its training. Raises ValueError for too few frames."""
+    frames, rows = arguments.frames or 25, dict.fromkeys(row.removesuffix(UNTOLD) for row in TABLES[arguments.table])
+    if frames < WINDOW:
+        raise ValueError(
+            f"--frames {frames}: FVMD needs {WINDOW}; SVD's 14 do not suffice, the 25 of its XT weights do"
+        )
+    run = f"torchrun --nproc_per_node {CARDS}"
+    init = f"--init {arguments.init}"
+    told = f"--data {arguments.data} --val {arguments.val} {init} --frames {frames} --seed {arguments.seed}"
+    told += f" --batch 1 --checkpointing --steps {arguments.steps}"
+    told += f" --set {' '.join(arguments.set)}" if arguments.set else ""
+    root = Path(arguments.runs)
+    lines = [f"{run} -m clips.encode {arguments.data} {init} --frames {frames}"]
+    stages = 0
+    for row in sorted(rows, key=lambda row: row != OURS):  # ours first: others take its Stage II
+        out, own = root / row, row == OURS or (row != "one_stage" and ABLATIONS[row][1] != STAGE2)
+        if row == "one_stage":
+            trained = [f"{run} train.py --stage one {told} --out {out}"]
+        else:
+            parts = ["1", "2"] if own else ["1"]
+            trained = [f"{run} train.py --stage {part} --ablation {row} {told} --out {out}" for part in parts]
+        stages += len(trained)
+        lines += trained if own or row == "one_stage" else [*trained, f"cp -r {root / OURS / 'stage2'} {out}/"]
+    for row in TABLES[arguments.table]:
+        untold = " --told nothing" if row.endswith(UNTOLD) else ""
+        measured = f"--data {arguments.val} --metrics physics,fvd,fvmd --i3d I3D"
+        lines.append(f"python evaluate.py --model {root / row.removesuffix(UNTOLD)} {measured}{untold}")
+    hours = stages * arguments.steps * STEP * frames / 14 / 3600
+    clips = "drives, as of clips.annotate" if arguments.table == 2 else "trials of Physion, as of clips.physion"
+    needs = f"{clips}: {frames} frames each, to train on ({arguments.data}) and to measure by ({arguments.val})"
+    time = f"{hours:.0f} hours: {stages} trainings of {arguments.steps} steps of {CARDS} clips of 512x320"
+    return "\n".join([*lines, "", f"Data: {needs}.", f"Estimated: {time} on {CARDS} H200, a clip a card."])
+
+
 # ------------------------------------------------------------------------------------------------------ how they look
 
 SHOWN = ("hit_video", "fallen_video", "hit", "epe_relative", "iou_last")  # beside Frechet distances
@@ -104,6 +157,9 @@ def table_text(
     labels = {row: label for row, (label, *_) in TABLES[number].items()}
     lines += ["", line([f"difference from {labels[OURS]}", *head]), "|---" * (len(names) + 1) + "|"]
     lines += [line([labels[row], *(change(found.get(n)) for n in names)]) for row, found in ours.items()]
-    paper = "The paper: SVD's size, Physion. Only the order of rows compares."
+    data = "drives of its own" if number == 2 else "Physion"
+    paper = f"The paper: SVD's size, {data}. Only the order of rows compares."
+    if number == 2:
+        paper += " Told nothing: F = 0 and c = 0, which a model that was always told c may take for a camera at rest."
     pairs = "Differences: the same clips and seeds, better or worse where the 95 % interval leaves zero out."
     return "\n".join([*lines, "", f"{told} {paper} {pairs}"])
