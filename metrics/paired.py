@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from metrics import frechet
 from metrics.labels import LABELS
 from metrics.motion import Sums, interval_of, resample
 
 Draws = dict[str, tuple[float, np.ndarray, int]]  # by figure: its value, that of every draw of clips [R], clips
 SEED_DRAWS = 0  # the seed by which seeds are drawn
+FEWEST = 6  # clips that say who is better: that five differences are all on one side is chance in one case of 16
 
 
 @dataclass
@@ -63,7 +63,7 @@ def differences(a: Row, b: Row) -> dict[str, dict]:
         value, drawn = over_seeds(values, drawn)
         low, high = interval_of(drawn)
         found[name] = {"value": value, "interval": [low, high], "clips": clips, "better": verdict(name, low, high)}
-        if clips < frechet.FEWEST:  # of so few, every draw may fall on one side
+        if clips < FEWEST:  # of so few, every draw may fall on one side
             found[name]["better"] = None
     return found
 

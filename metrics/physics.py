@@ -6,7 +6,7 @@ Symbols, `Maps` and `Sums` as in motion.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +149,28 @@ def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
     return ids[nearest]
 
 
+def ends_by_color(video: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
+    """First and last frame of a video [T, 3, H, W] as ids by colour [2, H, W], and those of the true video."""
+    true = scene.truth["arrow"]
+    first = true["segmentation"][0]
+    return ids_by_color(video[[0, -1]], first), ids_by_color(true["rgb"][[0, -1]], first)
+
+
+def of_the_visible(
+    says: Callable[[Tensor], set[int]], seen: Tensor, known: Tensor, truly: set[int], among: set[int]
+) -> Sums:
+    """Balanced accuracy of what `says` finds in the ids by colour of a video (seen). It is asked of the objects for
+    which it finds what is true in the true video (known): what colours cannot tell is not the video's fault."""
+    told = says(known)
+    return two_classes(says(seen), truly, {i for i in among if (i in told) == (i in truly)})
+
+
+def far(ids: Tensor, objects: list[int]) -> set[int]:
+    """Of some objects, those whose middle is more than HIT pixels away in the last frame of ids [T, H, W]."""
+    before, after = centroids(ids[[0, -1]], objects)
+    return {i for i, way in zip(objects, (after - before).norm(dim=-1).tolist(), strict=True) if way > HIT}
+
+
 # -------------------------------------------------------------------------------------------------- who will be hit
 
 
@@ -183,7 +205,7 @@ def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
 
     hit: said is yes where the mean way of a thing's carried mask is longer than HIT pixels. hit_video: where the middle
     of its pixels, by colour, comes to lie further than that; of the video alone, so that a model without flow and ids
-    (One-stage*) can be compared."""
+    (One-stage*) can be compared (`of_the_visible`)."""
     first, figures = scene.truth["arrow"]["segmentation"][0], {}
     among, hit = asked(scene.meta["arrow"], len(scene.truth["arrow"]["flow"]))
     among &= set(objects_of(first))
@@ -192,10 +214,8 @@ def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
         said = {i for i in among if displacement(points, owner, i).norm() > HIT}
         figures["hit"] = two_classes(said, hit, among)
     if among and "rgb_own" in made:
-        before, after = centroids(ids_by_color(made["rgb_own"], first)[[0, -1]], sorted(among))
-        far = (after - before).norm(dim=-1) > HIT
-        said = {i for i, is_far in zip(sorted(among), far.tolist(), strict=True) if is_far}
-        figures["hit_video"] = two_classes(said, hit, among)
+        seen, known = ends_by_color(made["rgb_own"], scene)
+        figures["hit_video"] = of_the_visible(lambda ids: far(ids, sorted(among)), seen, known, hit, among)
     return figures
 
 
@@ -311,10 +331,14 @@ def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     if scene.rows:
         figures |= fallen_figures(made, scene)
         if "rgb_own" in made:
-            last, fallen = ids_by_color(made["rgb_own"], true["segmentation"][0])[-1], set(meta["fallen"])
-            said = fallen_ids(true["segmentation"][0], last)
-            figures["fallen_video"] = two_classes(said, fallen & set(objects), objects)
+            figures["fallen_video"] = fallen_in_video(*ends_by_color(made["rgb_own"], scene), scene)
     return figures
+
+
+def fallen_in_video(seen: Tensor, known: Tensor, scene: Scene) -> Sums:
+    """Who lies in the end, by colour alone; ids by colour [T, H, W] of a video, and of the true one."""
+    first, fallen = scene.truth["arrow"]["segmentation"][0], set(scene.meta["arrow"]["fallen"])
+    return of_the_visible(lambda ids: fallen_ids(first, ids[-1]), seen, known, fallen, set(scene.objects))
 
 
 def object_motion(made: Maps, scene: Scene) -> dict[str, Sums]:

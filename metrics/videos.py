@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -31,8 +30,8 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from clips import frames_a_second, open_picture, read_video
-from metrics.motion import MOVING, Sums, centroids, mean_iou, mean_of, psnr, two_classes
-from metrics.physics import HIT, HIT_TRUTH, Scene, asked, fallen_ids, ids_by_color
+from metrics.motion import MOVING, Sums, mean_iou, mean_of, psnr
+from metrics.physics import HIT_TRUTH, Scene, asked, fallen_in_video, far, ids_by_color, of_the_visible
 
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -174,9 +173,8 @@ def video_figures(video: Tensor, scene: Scene, known: Tensor | None = None) -> d
 
     psnr_video: of clips that move. ids_video: mIoU of its ids by colour with those of the true video by colour.
     moved_video, hit_video, fallen_video: which objects move by more than HIT pixels, are hit, have fallen, balanced
-    accuracy; asked of the objects of which the true video, looked at in the same way, says what is true: what colours
-    cannot tell is not the video's fault. So the true video has full marks. known: `ids_by_color` of the true video,
-    which spares looking again for every row."""
+    accuracy `of_the_visible`. So the true video has full marks. known: `ids_by_color` of the true video, which spares
+    looking again for every row."""
     true, meta, objects = scene.truth["arrow"], scene.meta["arrow"], scene.objects
     first, figures = true["segmentation"][0], {}
     if (true["flow"].norm(dim=1) > MOVING).any():  # else a still picture is perfect: its decibels drown the others
@@ -187,21 +185,13 @@ def video_figures(video: Tensor, scene: Scene, known: Tensor | None = None) -> d
     seen = ids_by_color(video, first)
     figures["ids_video"] = mean_of(mean_iou(seen, known, background=True))
 
-    def told(name: str, says: Callable[[Tensor], set[int]], truly: set[int], among: set[int]) -> None:
-        among = {i for i in among if (i in says(known)) == (i in truly)}
-        figures[name] = two_classes(says(seen), truly, among)
-
-    told("moved_video", lambda ids: far(ids, objects), far(true["segmentation"], objects), set(objects))
+    there = (seen, known)
+    truly = far(true["segmentation"], objects)
+    figures["moved_video"] = of_the_visible(lambda ids: far(ids, objects), *there, truly, set(objects))
     if meta.keys() >= HIT_TRUTH:
         among, hit = asked(meta, len(video))
-        told("hit_video", lambda ids: far(ids, objects), hit, among & set(objects))
+        among &= set(objects)
+        figures["hit_video"] = of_the_visible(lambda ids: far(ids, objects), *there, hit, among)
     if scene.rows:
-        told("fallen_video", lambda ids: fallen_ids(first, ids[-1]), set(meta["fallen"]), set(objects))
+        figures["fallen_video"] = fallen_in_video(*there, scene)
     return figures
-
-
-def far(ids: Tensor, objects: list[int]) -> set[int]:
-    """Of some objects, those whose middle is more than HIT pixels away in the last frame of ids [T, H, W]."""
-    before, after = centroids(ids[[0, -1]], objects)
-    moved = ((after - before).norm(dim=-1) > HIT).tolist()
-    return {i for i, is_far in zip(objects, moved, strict=True) if is_far}

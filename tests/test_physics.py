@@ -104,7 +104,7 @@ def test_will_it_be_hit_by_hand():
     rgb = color[ids].movedim(-1, 1)
     meta = meta_of([2.8, 0], [], pushed=1)
     made = {"flow": flow, "segmentation": ids, "rgb_own": rgb}
-    scene = Scene(None, {"arrow": made}, {"arrow": meta})
+    scene = Scene(None, {"arrow": made | {"rgb": rgb}}, {"arrow": meta})
     assert metrics.hit_figures(made, scene) == {"hit": (0, 0, 1, 1), "hit_video": (0, 0, 1, 1)}
     moved = ids.clone()
     moved[-1, 4:8, 16:22], moved[-1, 4:8, 8:14] = 0, 2
@@ -113,6 +113,8 @@ def test_will_it_be_hit_by_hand():
     made = {"flow": wrong, "segmentation": ids, "rgb_own": color[moved].movedim(-1, 1)}
     assert metrics.hit_figures(made, scene) == {"hit": (0, 0, 0, 1), "hit_video": (0, 0, 0, 1)}
     scene.meta["arrow"] = meta_of([2.8, 1], [[1, 2, 3]], pushed=1)  # now it is hit
+    assert metrics.hit_figures(made, scene)["hit_video"] == (0, 0, 0, 0)  # but the true video does not show it
+    scene.truth["arrow"]["rgb"] = made["rgb_own"]
     assert metrics.hit_figures(made, scene) == {"hit": (1, 1, 0, 0), "hit_video": (1, 1, 0, 0)}
     assert "hit" not in metrics.hit_figures({"rgb_own": rgb}, scene)
 

@@ -77,6 +77,7 @@ def test_the_truth_has_full_marks_and_worse_videos_lose(clips, made, monkeypatch
     for name, value in {"FEWEST": 2, "SET_RESAMPLES": 20}.items():
         monkeypatch.setattr(frechet, name, value)
     monkeypatch.setattr(metrics.motion, "RESAMPLES", 50)
+    monkeypatch.setattr(metrics.paired, "FEWEST", 2)
     monkeypatch.setattr(metrics.features, "lucas_kanade", seen_changes)
     worse = ["frozen", "shuffled", "delayed", "blurred"]
     folders = [f"mp4={made / 'as_it_is'}", *(made / how for how in worse)]
@@ -317,8 +318,8 @@ def test_a_paired_difference_leaves_zero_out_where_intervals_overlap():
     noisy = Row([rows_of(hard + np.random.default_rng(1).normal(size=40))], [{}])
     unsure = metrics.differences(noisy, b)["hit"]
     assert unsure["better"] is None and unsure["interval"][0] < 0 < unsure["interval"][1]
-    few = metrics.differences(Row([rows_of([2, 3])], [{}]), Row([rows_of([0, 0])], [{}]))["hit"]
-    assert few["interval"][0] > 0 and few["better"] is None  # two clips say nothing
+    few = metrics.differences(Row([rows_of(range(2, 7))], [{}]), Row([rows_of([0] * 5)], [{}]))["hit"]
+    assert few["interval"][0] > 0 and few["better"] is None  # five say nothing yet
 
 
 def test_the_interval_of_a_difference_by_hand():
