@@ -262,7 +262,8 @@ def table(arguments: argparse.Namespace) -> tuple[str, dict]:
     that train them from SVD's weights."""
     if arguments.init:
         return commands_of(arguments), {}
-    arguments.metrics = ["fvd", "fvmd", "physics"]
+    arguments.metrics, held_out = ["fvd", "fvmd", "physics"], ClipDataset(arguments.val)
+    metrics.check_sets(arguments.metrics, min(len(held_out), arguments.clips), held_out.frames, arguments.val)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     shared: list[dict] = [{} for _ in seeds]
     results: dict[str, list[dict]] = {row: [] for row in TABLES[arguments.table]}
@@ -288,22 +289,29 @@ def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
     paths = clips.paths[: arguments.clips]
     metrics.check_sets(arguments.metrics, len(paths), clips.frames, arguments.data)
     videos = {name: metrics.videos_of(folder, [path.stem for path in paths]) for name, folder in folders.items()}
+    size = (clips.height, clips.width)
+
+    def read(k: int, fps: float) -> dict[str, Tensor]:
+        parts = {name: some[k] for name, some in videos.items()}
+        return {n: metrics.read_fitted(path, clips.frames, fps, size, arguments.stretch) for n, path in parts.items()}
+
+    for k, path in enumerate(tqdm(paths, "reading", unit="clip", disable=arguments.quiet)):
+        read(k, Clip.load(path, 0, 1).fps)  # what is refused is refused now, not after an hour
     features, rows = features_of(arguments, device), {name: [] for name in [*folders, "still", "truth"]}
-    for k, path in enumerate(tqdm(paths, "videos", unit="clip", disable=arguments.quiet)):
+    for k, path in enumerate(tqdm(paths, "measuring", unit="clip", disable=arguments.quiet)):
         scene = truth_of(path, clips.frames, device)
-        true, fps = scene.truth["arrow"]["rgb"], scene.truth["arrow"]["fps"].item()
+        true, seen = scene.truth["arrow"]["rgb"], read(k, scene.truth["arrow"]["fps"].item())
         known = metrics.ids_by_color(true, scene.truth["arrow"]["segmentation"][0])
-        fitted = (clips.frames, fps, (clips.height, clips.width), arguments.stretch)
-        seen = {name: metrics.read_fitted(some[k], *fitted).to(device) for name, some in videos.items()}
         for name, video in (seen | {"still": true[:1].expand_as(true), "truth": true}).items():
+            video = video.to(device)
             rows[name].append(metrics.video_figures(video, scene, known) if "physics" in arguments.metrics else {})
             features.add(name, {"rgb_own": video}, scene)
     compared = {name: Row([some], [features.draws(name)]) for name, some in rows.items()}
     figures = {name: metrics.average(row) for name, row in compared.items()} | {"half": features.distances("truth")}
     first, *others = folders
     found = {f"{name} - {first}": metrics.differences(compared[name], compared[first]) for name in others}
-    size = {"frames": clips.frames, "size": [clips.width, clips.height], "device": device}
-    settings = settings_of(arguments, paths) | size | {"seconds": round(time.perf_counter() - started, 1)}
+    made = {"frames": clips.frames, "size": [clips.width, clips.height], "device": device}
+    settings = settings_of(arguments, paths) | made | {"seconds": round(time.perf_counter() - started, 1)}
     told = f"{len(paths)} clips of {arguments.data}, {clips.frames} frames of {clips.width}x{clips.height}. "
     tables = [markdown(figures), *([markdown(found, metrics.change)] if found else []), told + metrics.RULES]
     return "\n\n".join(tables), {"figures": figures, "differences": found, "settings": settings}

@@ -765,6 +765,8 @@ def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
         return {"figures": figures, "settings": SETTLED, "row": metrics.Row([rows], [{}])}
 
     monkeypatch.setattr(evaluate, "train_row", lambda row, arguments: tmp_path / row)
+    monkeypatch.setattr(metrics, "check_sets", lambda *_: None)
+    monkeypatch.setattr(evaluate, "ClipDataset", lambda _: HeldOut())
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     told = ["--table", 1, "--data", "d", "--val", "v", "--seeds", 3, "--seed", 4, "--json", tmp_path / "t.json"]
     run(monkeypatch, *told, "--minutes", 0.5)
@@ -786,6 +788,8 @@ def test_table_2_measures_the_same_models_told_and_told_nothing(monkeypatch, cap
         return {"figures": figures, "settings": SETTLED, "row": metrics.Row([rows], [{}])}
 
     monkeypatch.setattr(evaluate, "train_row", lambda row, arguments: tmp_path / row)
+    monkeypatch.setattr(metrics, "check_sets", lambda *_: None)
+    monkeypatch.setattr(evaluate, "ClipDataset", lambda _: HeldOut())
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     run(monkeypatch, "--table", 2, "--data", "d", "--val", "v", "--seeds", 1)
     rows = ("one_stage", "sparse_flow", "motion_dreamer")
@@ -839,6 +843,10 @@ def test_commands_at_the_papers_scale(monkeypatch, capsys, number):
     assert "--frames 14: FVMD needs 16; SVD's 14 do not suffice" in capsys.readouterr().err
 
 
+class HeldOut(list):
+    frames = 16
+
+
 SETTLED = {
     "clips": 9, "val": "v", "frames": 16, "size": [32, 16], "sampling_steps": 10, "guidance": [1, 1], "seed": 4,
     "marked": "all", "told": "arrow", "weights": "w", "lacking": {},
@@ -878,6 +886,7 @@ def test_what_was_measured_for_one_model_serves_the_next(folders, monkeypatch, t
         (["--trackers", "magic"], "magic"),
         (["--json", "nowhere/e.json"], "nowhere"),
         (["--table", "3"], "--table needs --val"),
+        (["--table", "3", "--val", "{data}"], "3 clips, a Frechet distance (--metrics fvd,fvmd) needs 8"),  # at once
         (["--metrics", "fvmd,fvd"], "3 clips, a Frechet distance (--metrics fvmd,fvd) needs 8"),
         (["--videos", "x"], "got --model, --videos"),
         (["--minutes", "0"], "--minutes 0"),
@@ -895,11 +904,8 @@ def test_one_clear_line(folders, monkeypatch, capsys, tmp_path, change, message)
     moving_squares(0, 16, 16, 32).save(tmp_path / "foreign" / "1.safetensors")
     told = [] if "--table" in change else ["--model", folders / "model"]
     told += ["--data", folders / "data", "--quiet", "--cache", tmp_path / "cache"]
-    told += [
-        "--json",
-        tmp_path / "e.json",
-        *(text.format(**{p.name: p for p in tmp_path.iterdir()}) for text in change),
-    ]
+    places = {path.name: path for path in tmp_path.iterdir()} | {"data": folders / "data"}
+    told += ["--json", tmp_path / "e.json", *(text.format(**places) for text in change)]
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *told)
     errors = capsys.readouterr().err.strip().splitlines()

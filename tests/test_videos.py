@@ -135,7 +135,7 @@ def test_a_foreign_folder_is_one_clear_line(clips, made, monkeypatch, capsys, tm
             (folder / name / f"{t}.png").hardlink_to(made / "frozen" / name / f"{t}.png")
     files = sorted((folder / "1").iterdir())
     told = ["--videos", folder, "--data", data, "--metrics", "physics", "--json", tmp_path / "v.json"]
-    monkeypatch.setattr(metrics, "video_figures", lambda *_: {})
+    monkeypatch.setattr(metrics, "video_figures", lambda *_: pytest.fail("measured before all were read"))
     if change == "missing":
         (folder / "1").rename(folder / "other")
     elif change == "twice":
