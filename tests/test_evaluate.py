@@ -738,6 +738,7 @@ def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
 
     def train(folder, stage, told, quiet):
         commands.append((folder.name, stage))
+        assert ("--minutes" in told, "--steps" in told) == ((True, False) if "min" in folder.name else (False, True))
         assert "--set" in told and (folder / "vae").exists()
         shutil.copytree(folders / "model" / f"stage{stage}", folder / f"stage{stage}", dirs_exist_ok=True)
 
@@ -751,6 +752,8 @@ def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
     assert (folder / "stage2" / "config.json").exists()
     tables.train_row("without_flow", arguments)
     assert [c[1] for c in commands[3:]] == ["1", "2"]
+    arguments.minutes = 0.5
+    assert tables.train_row("without_depth", arguments).name == "tiny-0.5min-0-without_depth"
 
 
 def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
