@@ -414,6 +414,15 @@ def test_a_killed_server_takes_its_dream_along_and_the_next_cleans_up(tmp_path):
     assert list(tmp_path.glob(page.studio.PREFIX + "*")) == []
 
 
+def test_a_dream_that_prints_nothing_ends_with_its_server(tmp_path):
+    (tmp_path / "sample.py").write_text("import time\ndef main(): print('here', flush=True), time.sleep(10)\n")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    with subprocess.Popen([sys.executable, "-m", "page.job"], cwd=tmp_path, **pipes) as job:
+        assert job.stdout.readline() == b"here\n" and job.poll() is None
+        job.stdin.close()
+        assert job.wait(5) == 1
+
+
 def test_folders_of_living_servers_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(page.studio.tempfile, "tempdir", str(tmp_path))
     with own_folder() as first:
