@@ -184,10 +184,9 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
     return ((pictures.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
-def enlarged(pictures: np.ndarray, width: int | None = None) -> np.ndarray:
-    """Small pictures [T, H, W, ...] with every pixel as s x s of them, for a player's window is as small as its video;
-    s is what a video of `width` needs (default: W)."""
-    scale = max(1, SMALL // (width or pictures.shape[2]))
+def enlarged(pictures: np.ndarray) -> np.ndarray:
+    """Small videos uint8 [T, H, W, 3] with every pixel as s x s of them: a player's window is as small as its video."""
+    scale = max(1, SMALL // pictures.shape[2])
     return pictures.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
@@ -201,15 +200,17 @@ def write_videos(folder: Path, videos: dict[str, np.ndarray], fps: float) -> Non
 
 
 def write_grid(path: Path, panels: dict[str, np.ndarray], fps: float) -> None:
-    """Videos uint8 [T, H, W, 3] of one size, by name, side by side under captions: a GIF that rests at its end, small
-    ones enlarged. All frames share a palette, without dithering: what stands still does not flicker."""
-    frames, width = np.concatenate(list(panels.values()), axis=2), next(iter(panels.values())).shape[2]
+    """Videos uint8 [T, H, W, 3] of one size, by name, side by side under captions as a GIF, small ones enlarged."""
+    pictures = np.concatenate([enlarged(panel) for panel in panels.values()], axis=2)
+    bar = _captions([CAPTIONS.get(name, name) for name in panels], pictures.shape[2])
+    write_gif(path, np.concatenate([np.repeat(bar[None], len(pictures), axis=0), pictures], axis=1), fps)
+
+
+def write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    """uint8 [T, H, W, 3] -> a GIF that rests at its end. All frames share a palette, without dithering: what stands
+    still does not flicker."""
     palette = _palette(frames)
-    pictures = enlarged(np.stack([_reduced(Image.fromarray(frame), palette) for frame in frames]), width)
-    bar = _reduced(_captions([CAPTIONS.get(name, name) for name in panels], pictures.shape[2]), palette)
-    images = [Image.fromarray(np.concatenate([bar, picture])) for picture in pictures]
-    for image in images:
-        image.putpalette(palette.getpalette())
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     pause = min(1000 / fps, LONGEST_PAUSE)
     pauses = [pause] * (len(images) - 1) + [min(pause + REST, LONGEST_PAUSE)]
     settings = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": pauses, "loop": 0}
@@ -228,17 +229,12 @@ def _palette(frames: np.ndarray) -> Image.Image:
     return palette
 
 
-def _reduced(picture: Image.Image, palette: Image.Image) -> np.ndarray:
-    """Index of the colour of every pixel, uint8 [H, W]."""
-    return np.asarray(picture.quantize(palette=palette, dither=Image.Dither.NONE))
-
-
-def _captions(words: list[str], width: int) -> Image.Image:
-    """Words in white on black, each at the left of its part of the width."""
+def _captions(words: list[str], width: int) -> np.ndarray:
+    """Words in white on black, each at the left of its part of the width, uint8 [16, width, 3]."""
     font = ImageFont.load_default()
     bar = Image.new("RGB", (width, 16))
     draw = ImageDraw.Draw(bar)
     draw.fontmode = "1"  # no gray, which the palette may lack
     for i, word in enumerate(words):
         draw.text((i * width // len(words) + 5, 2), word, "white", font)
-    return bar
+    return np.asarray(bar)
