@@ -38,7 +38,7 @@ from tqdm import tqdm
 from clips import Motion, render
 from inputs import Canvas, Inputs, arrows_to_flow, doubt_of, find_example, fit, read_inputs, told_to_stay
 from motion_dreamer import MOTION_BUCKET, MotionDreamer, dream
-from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_video, written_whole
+from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, write_videos, written_whole
 from sources import check_parts, expand_home
 from svd import VAE, ImageEncoder, TakeTurns, UNet, image_to_video
 from training.compiled import compile_forward
@@ -229,14 +229,13 @@ def write_all(folder: Path, inputs: Inputs, videos: dict[str, np.ndarray], motio
     folder.mkdir(parents=True, exist_ok=True)
     if motion is not None and any(value is not None for value in vars(motion).values()):
         motion.save(folder / "motion.safetensors")
-    for name, pictures in videos.items():
-        write_video(folder / f"{name}.mp4", pictures, fps)
+    write_videos(folder, videos, fps)
     scale, frames = max(1, 512 // inputs.rgb.shape[1]), len(next(iter(videos.values())))
     F = arrows_to_flow(inputs.arrows, inputs.ids, frames)
     picture = draw_arrows(inputs.rgb, inputs.arrows, F, scale, inputs.ids)
     written_whole(folder / "input.png", Image.fromarray(picture).save)
     first = np.asarray(Image.fromarray(picture).resize(inputs.rgb.shape[1::-1], Image.Resampling.LANCZOS))
-    write_grid(folder / "grid.gif", [np.repeat(first[None], frames, axis=0), *videos.values()], fps)
+    write_grid(folder / "grid.gif", {"arrow": np.repeat(first[None], frames, axis=0)} | videos, fps)
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

@@ -10,7 +10,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from inputs import Arrows
@@ -62,19 +62,20 @@ def color_wheel(size: int) -> np.ndarray:
 def draw_arrows(
     image: np.ndarray, arrows: Arrows, F: Tensor | None = None, scale: int = 1, ids: Tensor | None = None
 ) -> np.ndarray:
-    """The image with the arrows on it, their objects tinted by the colour of F [2, H, W], and all objects of ids [H, W]
-    outlined.
+    """The image with the arrows on it, all objects of ids [H, W] outlined, those that F [2, H, W] moves broadly in its
+    colours: a tint would change the colour of the object itself.
 
     image uint8 [H, W, 3] -> uint8 [scale H, scale W, 3]; every pixel becomes scale x scale of them. An arrow without
     length is a dot: "stays". What is far from arrows and objects keeps its colour.
     """
-    image = image.copy()
-    if F is not None:
-        moving = (F != 0).any(dim=0).cpu().numpy()
-        image[moving] = (0.5 * image[moving] + 0.5 * flow_to_rgb(F)[moving]).round()
-    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
-    if ids is not None:
-        image[_rims(ids.cpu().numpy().repeat(scale, axis=0).repeat(scale, axis=1))] = 255
+    image, F = image.repeat(scale, axis=0).repeat(scale, axis=1), torch.zeros(2, *image.shape[:2]) if F is None else F
+    colors = flow_to_rgb(F).repeat(scale, axis=0).repeat(scale, axis=1)
+    moving = (F != 0).any(dim=0).cpu().numpy()
+    marked = moving if ids is None else ids.cpu().numpy()
+    moving, marked = (value.repeat(scale, axis=0).repeat(scale, axis=1) for value in (moving, marked))
+    image[_rims(marked)] = 255
+    broad = _rims(marked, max(1, max(image.shape) // 128)) & moving
+    image[broad] = colors[broad]
     picture = Image.fromarray(image).convert("RGBA")
     overlay = Image.new("RGBA", (picture.width * 3, picture.height * 3))  # three times as large: smooth edges
     width = max(2.0, 0.012 * max(picture.size)) * 3
@@ -86,11 +87,14 @@ def draw_arrows(
     return np.asarray(Image.alpha_composite(picture, overlay).convert("RGB"))
 
 
-def _rims(ids: np.ndarray) -> np.ndarray:
-    """bool [H, W]: pixels of an object that have another id beside, above or below them."""
-    around = np.pad(ids, 1, mode="edge")
-    beside = (around[1:-1, :-2], around[1:-1, 2:], around[:-2, 1:-1], around[2:, 1:-1])
-    return (ids > 0) & np.any([ids != other for other in beside], axis=0)
+def _rims(ids: np.ndarray, width: int = 1) -> np.ndarray:
+    """bool [H, W]: pixels of an object that have another id beside, above or below them, at most `width` away."""
+    height, length, found = *ids.shape, np.zeros(ids.shape, bool)
+    around = np.pad(ids, width, mode="edge")
+    for k in range(1, width + 1):
+        for y, x in ((width, width - k), (width, width + k), (width - k, width), (width + k, width)):
+            found |= ids != around[y : y + height, x : x + length]
+    return (ids > 0) & found
 
 
 def _draw_arrow(
@@ -113,6 +117,9 @@ def _draw_arrow(
 
 
 LONGEST_PAUSE = 655350  # milliseconds that a frame of a GIF may last
+REST = 1000  # milliseconds more for the last frame
+SMALL = 256  # pixels: narrower videos are enlarged
+CAPTIONS = {"flow": "flow", "segmentation": "ids", "depth": "depth", "video": "video"}  # of the panels, by file name
 
 
 # -------------------------------------------------------------------------------------------------------------- outputs
@@ -177,12 +184,57 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
     return ((pictures.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
-def write_grid(path: Path, panels: list[np.ndarray], fps: float) -> None:
-    """Videos uint8 [T, H, W, 3] side by side as a GIF, small ones enlarged by a whole number."""
-    frames = np.concatenate(panels, axis=2)
-    scale = max(1, 256 // panels[0].shape[2])
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = [Image.fromarray(frame) for frame in frames]
+def enlarged(pictures: np.ndarray) -> np.ndarray:
+    """Small videos uint8 [T, H, W, 3] with every pixel as s x s of them: a player's window is as small as its video."""
+    scale = max(1, SMALL // pictures.shape[2])
+    return pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def write_videos(folder: Path, videos: dict[str, np.ndarray], fps: float) -> None:
+    """NAME.mp4 for each of `videos`, uint8 [T, H, W, 3], small ones enlarged. Those that only an earlier run wrote go:
+    a video beside another motion than its own misleads."""
+    for name in CAPTIONS.keys() - videos.keys():
+        (folder / f"{name}.mp4").unlink(missing_ok=True)
+    for name, pictures in videos.items():
+        write_video(folder / f"{name}.mp4", enlarged(pictures), fps)
+
+
+def write_grid(path: Path, panels: dict[str, np.ndarray], fps: float) -> None:
+    """Videos uint8 [T, H, W, 3] of one size, by name, side by side under captions as a GIF, small ones enlarged."""
+    pictures = np.concatenate([enlarged(panel) for panel in panels.values()], axis=2)
+    bar = _captions([CAPTIONS.get(name, name) for name in panels], pictures.shape[2])
+    write_gif(path, np.concatenate([np.repeat(bar[None], len(pictures), axis=0), pictures], axis=1), fps)
+
+
+def write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    """uint8 [T, H, W, 3] -> a GIF that rests at its end. All frames share a palette, without dithering: what stands
+    still does not flicker."""
+    palette = _palette(frames)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     pause = min(1000 / fps, LONGEST_PAUSE)
-    settings = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": pause, "loop": 0}
+    pauses = [pause] * (len(images) - 1) + [min(pause + REST, LONGEST_PAUSE)]
+    settings = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": pauses, "loop": 0}
     written_whole(path, lambda partial: images[0].save(partial, **settings))
+
+
+def _palette(frames: np.ndarray) -> Image.Image:
+    """256 colours for all frames uint8 [T, H, W, 3], black and white among them: what is nearly either would take their
+    place, and flow's white is seen to be none."""
+    palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(254)
+    colors = np.array(palette.getpalette()).reshape(-1, 3)[:254]
+    for tone in (0, 255):
+        near = np.abs(colors - tone).max(axis=1) < 8
+        colors = np.concatenate([colors[~near], np.full((1, 3), tone)])
+    palette.putpalette(colors.ravel().tolist())
+    return palette
+
+
+def _captions(words: list[str], width: int) -> np.ndarray:
+    """Words in white on black, each at the left of its part of the width, uint8 [16, width, 3]."""
+    font = ImageFont.load_default()
+    bar = Image.new("RGB", (width, 16))
+    draw = ImageDraw.Draw(bar)
+    draw.fontmode = "1"  # no gray, which the palette may lack
+    for i, word in enumerate(words):
+        draw.text((i * width // len(words) + 5, 2), word, "white", font)
+    return np.asarray(bar)

@@ -13,6 +13,11 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import kernels.threads  # noqa: E402, F401 (before torch)
+
+from show import write_gif  # noqa: E402
+
 ROWS = ("arrows", "arrows_opposite", "arrows_still", "arrows_none")
 
 
@@ -25,10 +30,9 @@ def main() -> None:
         rows = []
         for name in ROWS:
             with Image.open(Path(out) / name / "grid.gif") as grid:
-                pause = grid.info["duration"]
+                fps = 1000 / grid.info["duration"]
                 rows.append([np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(grid)])
-    frames = [Image.fromarray(np.concatenate(column)) for column in zip(*rows, strict=True)]
-    frames[0].save(HERE / "push.gif", save_all=True, append_images=frames[1:], duration=pause, loop=0)
+    write_gif(HERE / "push.gif", np.concatenate([np.stack(row) for row in rows], axis=1), fps)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 HEIGHTS = {  # of a module or package; it imports what is as high or lower
     "train": 4, "sample": 4, "evaluate": 4, "clips.encode": 4,  # a script: a room of its own, above its package
+    "page": 5,  # starts sample.py
     "show": 3, "training": 3,
     "motion_dreamer": 2,
     "svd": 1, "clips": 1, "inputs": 1, "metrics": 1,

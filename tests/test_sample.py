@@ -82,11 +82,11 @@ def test_writes_every_file_and_each_can_be_opened(given, monkeypatch):
     assert {path.name for path in out.iterdir()} == names | {"motion.safetensors", "run.json"}
     for name in ("video", "flow", "segmentation", "depth"):
         frames = iio.imread(out / f"{name}.mp4", plugin="FFMPEG")
-        assert frames.shape == (FRAMES, HEIGHT, WIDTH, 3), name
+        assert frames.shape == (FRAMES, 10 * HEIGHT, 10 * WIDTH, 3), name  # 24 pixels are few
         told = iio.immeta(out / f"{name}.mp4", plugin="FFMPEG")
         assert told["fps"] == pytest.approx(5) and "yuv420p" in told["pix_fmt"]
     with Image.open(out / "grid.gif") as grid:
-        assert grid.n_frames == FRAMES and grid.width == grid.height * 5 * WIDTH // HEIGHT
+        assert grid.n_frames == FRAMES and grid.size == (5 * 10 * WIDTH, 10 * HEIGHT + 16)  # a line of captions
     assert Image.open(out / "input.png").size == (512 // WIDTH * WIDTH, 512 // WIDTH * HEIGHT)
     motion = Motion.load(out / "motion.safetensors")
     assert motion.flow.shape == (1, FRAMES, 2, HEIGHT, WIDTH) and motion.depth.shape == (1, FRAMES, HEIGHT, WIDTH)
@@ -361,7 +361,7 @@ def test_what_is_marked_can_be_seen(given, monkeypatch, capsys):
 
 def test_plain_svd(given, monkeypatch):
     out = given.run(monkeypatch, "--svd", str(given.model), "--frames", "3", arrows=None)
-    assert video_of(out).shape == (3, HEIGHT, WIDTH, 3)
+    assert video_of(out).shape == (3, 10 * HEIGHT, 10 * WIDTH, 3)
     assert not (out / "motion.safetensors").exists()
 
 
@@ -651,16 +651,16 @@ def test_a_photo_of_another_size_is_cropped_to_its_aspect(given, monkeypatch, ca
     )
     out = given.run(monkeypatch, "--stage", "1")
     assert "120x40 resized to 24x8; objects from " in capsys.readouterr().out
-    assert iio.imread(out / "flow.mp4", plugin="FFMPEG").shape == (FRAMES, 8, WIDTH, 3)
+    assert iio.imread(out / "flow.mp4", plugin="FFMPEG").shape == (FRAMES, 80, 10 * WIDTH, 3)
     motion = Motion.load(out / "motion.safetensors")
     assert motion.flow.shape[-2:] == motion.depth.shape[-2:] == (8, WIDTH) and (motion.depth > 0).all()
     assert np.asarray(Image.open(out / "input.png")).shape[:2] == (21 * 8, 21 * WIDTH)
     given.run(monkeypatch, "--stage", "2")
-    assert video_of(out).shape == (FRAMES, 8, WIDTH, 3)
+    assert video_of(out).shape == (FRAMES, 80, 10 * WIDTH, 3)
     separate = video_of(out)
     assert (video_of(given.run(monkeypatch)) == separate).all()
     assert json.loads((out / "run.json").read_text())["size"] == "24x16"
-    assert video_of(given.run(monkeypatch, "--size", "12x12")).shape == (FRAMES, 4, 12, 3)
+    assert video_of(given.run(monkeypatch, "--size", "12x12")).shape == (FRAMES, 4 * 21, 12 * 21, 3)
 
 
 def test_rotated_transparent_deep_and_palette_pictures(tmp_path, monkeypatch):
@@ -688,7 +688,7 @@ def test_plain_svd_takes_any_size_and_a_single_file(given, monkeypatch):
     photo(given.folder, 31, 17)
     (given.folder / "image.png").write_bytes((given.folder / "photo.png").read_bytes())
     out = given.run(monkeypatch, "--svd", str(given.model), "--frames", "2", arrows=None, steps=1)
-    assert video_of(out).shape == (2, 16, 30, 3)  # 16x29.2, and one column for the player
+    assert video_of(out).shape == (2, 8 * 16, 8 * 29, 3)
     from svd import ImageEncoder, VAE  # noqa: I001
 
     asked = []
@@ -729,7 +729,7 @@ def test_samples_and_arrows_files_have_folders_of_their_own(given, monkeypatch, 
 @pytest.mark.parametrize("fps", [0.001, 1000])
 def test_a_gif_of_any_speed(tmp_path, fps):
     frames = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
-    show.write_grid(tmp_path / "grid.gif", [frames], fps)
+    show.write_grid(tmp_path / "grid.gif", {"video": frames}, fps)
     with Image.open(tmp_path / "grid.gif") as grid:
         assert grid.n_frames == 2
 

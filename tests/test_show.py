@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_arrows import make
 from test_instance_flow import gen
 
-from show import color_wheel, draw_arrows, flow_to_rgb
+from show import color_wheel, draw_arrows, flow_to_rgb, write_grid, write_videos
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +71,14 @@ def test_draw_arrows_near_not_far(scale):
     y, x = np.mgrid[:48, :64]
     far = (abs(y - 12) > 8) & ~((x > 3) & (x < 10) & (y > 28) & (y < 35)) & (np.hypot(x - 50, y - 40) > 8)
     assert same[far].all() and far.mean() > 0.4
-    assert not same[12, 12:38].any() and not same[30:34, 5:9].any() and not same[40, 50]
+    assert not same[12, 12:38].any() and not same[40, 50]
+    moved = (picture == image.repeat(scale, 0).repeat(scale, 1)).all(-1)[30 * scale : 34 * scale, 5 * scale : 9 * scale]
+    assert not moved[[0, -1]].any() and not moved[:, [0, -1]].any()
+    assert moved[2:-2, 2:-2].any() or scale == 1  # only outlined: a tint would change its colour
+    assert same[31:33, 6:8].all()
     assert same[12, 48:].all()  # nothing beyond the tip
     assert picture[12 * scale, 20 * scale].min() > 200  # a white shaft
-    tint = picture[31 * scale, 6 * scale].astype(int)
-    assert tint[0] > 160 and tint[1] < 80  # to the right: red
+    assert picture[30 * scale, 6 * scale].tolist() == [255, 0, 0]  # to the right: red
     assert (image >= 100).all() and (image < 150).all()
 
 
@@ -100,3 +104,41 @@ def test_draw_arrows_leaves_the_image_and_may_end_outside():
     picture = draw_arrows(image, make({"start": [10, 10], "end": [500, -90]}))
     assert (picture != 128).any() and (picture[12:, :6] == 128).all()
     assert (draw_arrows(image, make()) == image).all()
+
+
+def frames_of(path):
+    """uint8 [T, H, W, 3], and milliseconds."""
+    with Image.open(path) as picture:
+        frames, pauses = [], []
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            frames.append(np.asarray(picture.convert("RGB")))
+            pauses.append(picture.info["duration"])
+    return np.stack(frames), pauses
+
+
+def test_what_stands_still_in_a_grid_does_not_flicker(tmp_path):
+    rng = np.random.default_rng(0)
+    still = np.repeat(rng.integers(256, size=(1, 32, 64, 3), dtype=np.uint8), 6, axis=0)
+    pale = np.full_like(still, 255)
+    pale[:, ::2] = rng.integers(250, 256, size=pale[:, ::2].shape)  # more of it than of white
+    moving = still // 2 + 20 * np.arange(6, dtype=np.uint8)[:, None, None, None]
+    write_grid(tmp_path / "a.gif", {"arrow": still, "flow": pale, "video": moving}, 10)
+    frames, pauses = frames_of(tmp_path / "a.gif")
+    assert frames.shape == (6, 4 * 32 + 16, 3 * 256, 3) and pauses == [100] * 5 + [1100]
+    assert (frames[:, 16:, :256] == frames[:1, 16:, :256]).all()
+    assert (frames[:, 20:24, 256:512] == 255).all() and len(np.unique(frames[0].reshape(-1, 3), axis=0)) <= 256
+    assert np.abs(frames[0, 16::4, :256:4].astype(int) - still[0]).mean() < 16
+    bar = frames[0, :16]
+    assert set(np.unique(bar)) == {0, 255}
+    for panel in range(3):  # a word at the left of each
+        part = bar[:, 256 * panel : 256 * panel + 256]
+        assert (part[:, :60] == 255).any() and not part[:, 60:].any()
+
+
+def test_a_panel_of_an_earlier_run_goes(tmp_path):
+    video = np.zeros((2, 8, 8, 3), np.uint8)
+    write_videos(tmp_path, {"flow": video, "video": video}, 7)
+    (tmp_path / "mine.mp4").touch()
+    write_videos(tmp_path, {"flow": video, "depth": video}, 7)
+    assert {path.name for path in tmp_path.iterdir()} == {"flow.mp4", "depth.mp4", "mine.mp4"}

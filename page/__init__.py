@@ -1,0 +1,1 @@
+"""The drawing page, and the server behind its Dream button."""
