@@ -366,6 +366,8 @@ def processes(count: int) -> Iterator[Pool]:
             signal.signal(signal.SIGINT, own)
         with pool:
             yield pool
+            pool.close()
+            pool.join()  # all is done: they end by themselves, and say nothing
     finally:
         signal.signal(signal.SIGTERM, others)
 
