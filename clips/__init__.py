@@ -5,11 +5,12 @@ from clips.clip import CAMERA_YAW_UNIT, Clip, ClipDataset, ResumableSampler, fin
 from clips.maps import open_picture, read_depth, read_ids
 from clips.motion import Motion, draft_video, render, unrender
 from clips.pictures import CODEC_VERSION
-from clips.video import frames_a_second, read_video
+from clips.video import SLOWER, frames_a_second, read_video
 
 __all__ = [
     "CAMERA_YAW_UNIT",
     "CODEC_VERSION",
+    "SLOWER",
     "Clip",
     "ClipDataset",
     "Motion",

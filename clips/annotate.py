@@ -45,9 +45,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clips.clip import CAMERA_YAW_UNIT, Clip, clip_header
-from clips.maps import first_line, read_depth, read_flow, read_ids
+from clips.maps import read_depth, read_flow, read_ids
 from clips.video import pieces, read_video
-from sources import check_model
+from sources import check_model, first_line
 from weights import whole_file
 
 VIDEO_ENDINGS = {".3gp", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # in a folder

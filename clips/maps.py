@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sources import first_line
+
 UNKNOWN_FLOW = 1e9  # .flo files mark pixels without flow by larger values (the Middlebury benchmark)
 GRAY = ("1", "L", "LA", "P", "PA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's modes of one value a pixel
 CHANGED = ("AVIF", "GIF", "JPEG", "JPEG2000", "MPO", "WEBP")  # formats that blur values or number palettes anew
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

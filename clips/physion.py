@@ -32,7 +32,6 @@ from clips.annotate import (
     check_numbers,
     crop_box,
     depth_annotator,
-    first_line,
     fit,
     fit_nearest,
     flow_annotator,
@@ -43,6 +42,7 @@ from clips.annotate import (
     with_last,
 )
 from clips.clip import CAMERA_YAW_UNIT, Clip
+from sources import first_line
 
 if TYPE_CHECKING:
     import h5py

@@ -13,9 +13,10 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from clips.maps import first_line
+from sources import first_line
 
 CUT = 0.5  # of the pixels change their colour class at a scene cut
+SLOWER = 0.99  # of a rate that is asked for: 29.97 counts as 30
 
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every turned video
 
@@ -44,14 +45,14 @@ def rate_filter(source_fps: float, fps: float) -> str:
 def read_video(path: Path, fps: float) -> Iterator[np.ndarray]:
     """Frames uint8 [H, W, 3] of a video file, `fps` a second.
 
-    Raises ValueError that begins with the path: no video, or less than `fps` frames a second (1 % is forgiven: 29.97
-    counts as 30, since repeating a frame would be a standstill that nobody filmed).
+    Raises ValueError that begins with the path: no video, or less than SLOWER times `fps` frames a second: to repeat a
+    frame would be a standstill that nobody filmed.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         source_fps = frames_a_second(path)
-        if source_fps < 0.99 * fps:
+        if source_fps < SLOWER * fps:
             raise ValueError(f"{path}: has {source_fps:g} frames a second, --fps {fps:g} asks for more")
         filters = f"{rate_filter(source_fps, min(fps, source_fps))},scale='max(1,round(iw*sar))':ih,setsar=1"
         # Where a recording changes its size, the first one holds; otherwise FFmpeg would begin to count anew.

@@ -48,7 +48,8 @@ def run(block: str, names: Names) -> None:
     for line in block.splitlines():
         code, _, comment = line.partition("  # ")
         named = code.split(" = ")[0].split(", ")
-        for name, shape in zip(named, SHAPE.findall(comment), strict=False):
+        shapes = SHAPE.findall(comment)
+        for name, shape in zip(named if shapes else [], shapes, strict=True):
             if (found := list(eval(name, names).shape)) != json.loads(shape):
                 raise ValueError(f"walkthrough.md: {name} has shape {found}, the page says {shape}")
 

@@ -24,7 +24,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from PIL import Image, ImageDraw, ImageFilter
 
-from sources import check_model
+from sources import check_model, first_line
 
 Finder = Callable[[np.ndarray, tuple[float, float]], np.ndarray]  # image [H, W, 3], (x, y) -> the object there [H, W]
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in [0, 1], of ImageNet
@@ -69,8 +69,7 @@ def _load(flag: str, class_name: str, name: str, local: bool) -> Any:  # noqa: A
     try:
         loaded = getattr(transformers, class_name).from_pretrained(name, local_files_only=local, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--{flag} {name}: {reason}") from None
+        raise ValueError(f"--{flag} {name}: {first_line(error)}") from None
     if not settings:
         return loaded
     model, report = loaded

@@ -29,14 +29,14 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from clips import frames_a_second, open_picture, read_video
+from clips import SLOWER, frames_a_second, open_picture, read_video
 from metrics.motion import MOVING, Sums, mean_iou, mean_of, psnr
 from metrics.physics import HIT_TRUTH, Scene, asked, fallen_in_video, far, ids_by_color, of_the_visible
+from sources import first_line
 
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAME_SHAPE = 0.02  # by how much width / height may differ: sizes are rounded to what a codec or a network takes
-SLOWER = 0.99  # of the clip's rate: 29.97 counts as 30
 
 RULES = (
     "Videos belong to clips by name and begin with the clip's first frame; with as many frames as the clip they are "
@@ -104,8 +104,9 @@ def read_folder(path: Path, frames: int) -> np.ndarray:
     files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
     if len(files) < frames:
         raise ValueError(f"{path}: holds {len(files)} pictures, the clip has {frames} frames")
-    pictures = [np.asarray(open_picture(file).convert("RGB")) for file in files[:frames]]
-    for file, picture in zip(files, pictures, strict=False):
+    files = files[:frames]
+    pictures = [np.asarray(open_picture(file).convert("RGB")) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (picture.shape, pictures[0].shape)]
             raise ValueError(f"{file}: is {sizes[0]}, the first picture of its folder {sizes[1]}")
@@ -119,7 +120,7 @@ def read_gif(path: Path, frames: int, fps: float) -> np.ndarray:
         with Image.open(path) as gif:
             told = [(np.asarray(f.convert("RGB")), f.info.get("duration") or 100) for f in ImageSequence.Iterator(gif)]
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
-        raise ValueError(f"{path}: not a GIF ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        raise ValueError(f"{path}: not a GIF ({first_line(error)})") from None
     if len(told) == 1:
         return np.stack([told[0][0]] * frames)
     step = min(duration for _, duration in told)
@@ -137,7 +138,7 @@ def read_file(path: Path, frames: int, fps: float) -> np.ndarray:
     try:
         rate, (count, _) = frames_a_second(path), imageio_ffmpeg.count_frames_and_secs(path)
     except (OSError, RuntimeError, IndexError, AttributeError) as error:  # the last two: from FFmpeg's words
-        raise ValueError(f"{path}: not a video ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        raise ValueError(f"{path}: not a video ({first_line(error)})") from None
     if count != frames:
         check_rate(path, rate, count, frames, fps)
     return np.stack(list(islice(read_video(path, rate if count == frames else fps), frames)))

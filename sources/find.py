@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sources.read import Source, read_config
+from sources.read import Source, first_line, read_config
 
 FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json")  # no repository is called so
 
@@ -81,8 +81,7 @@ def _hub_advice(source: str, error: Exception) -> str:
         "RepositoryNotFoundError": f"no such folder, and no such public model at {page} (private? `hf auth login`)",
         "LocalEntryNotFoundError": "no such folder, not downloaded yet, and the hub cannot be reached",
     }
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{source}: {advice.get(type(error).__name__, reason[0])}"
+    return f"{source}: {advice.get(type(error).__name__, first_line(error))}"
 
 
 SHARD = re.compile(r"-\d+-of-\d+(\.\w+)?\.safetensors$")

@@ -23,6 +23,11 @@ BEGINNINGS = {  # of what lies where safetensors or JSON should be
 }
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, on one line; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def other_kind(path: Source) -> str | None:
     """What a file is that cannot be read, by its beginning, and what to do; None: damaged."""
     with open(path, "rb") as file:

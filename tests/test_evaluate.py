@@ -756,6 +756,20 @@ def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
     assert tables.train_row("without_depth", arguments).name == "tiny-0.5min-0-without_depth"
 
 
+def stand_in(monkeypatch, folder, rows_of):
+    """In the place of what trains a row and measures it: figures of every clip, by the row's arguments and folder."""
+
+    def evaluated(*told):
+        rows = rows_of(*told)
+        figures = {source: metrics.summarise(rows) for source in evaluate.BESIDE}
+        return {"figures": figures, "settings": SETTLED, "row": metrics.Row([rows], [{}])}
+
+    monkeypatch.setattr(evaluate, "train_row", lambda row, arguments: folder / row)
+    monkeypatch.setattr(metrics, "check_sets", lambda *_: None)
+    monkeypatch.setattr(evaluate, "ClipDataset", lambda _: HeldOut())
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+
+
 def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
     """Each seed of a row is compared with the same seed of ours."""
     asked = []
@@ -763,14 +777,9 @@ def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
     def evaluated(arguments, folder, shared):
         asked.append((folder.name, arguments.seed))
         far = arguments.seed + 10 * (folder.name != "motion_dreamer")
-        rows = [{"hit": (float(far), 1.0)}] * 9
-        figures = {source: metrics.summarise(rows) for source in evaluate.BESIDE}
-        return {"figures": figures, "settings": SETTLED, "row": metrics.Row([rows], [{}])}
+        return [{"hit": (float(far), 1.0)}] * 9
 
-    monkeypatch.setattr(evaluate, "train_row", lambda row, arguments: tmp_path / row)
-    monkeypatch.setattr(metrics, "check_sets", lambda *_: None)
-    monkeypatch.setattr(evaluate, "ClipDataset", lambda _: HeldOut())
-    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    stand_in(monkeypatch, tmp_path, evaluated)
     told = ["--table", 1, "--data", "d", "--val", "v", "--seeds", 3, "--seed", 4, "--json", tmp_path / "t.json"]
     run(monkeypatch, *told, "--minutes", 0.5)
     assert asked == [(row, seed) for row in ("one_stage", "sparse_flow", "motion_dreamer") for seed in (4, 5, 6)]
@@ -786,14 +795,9 @@ def test_table_2_measures_the_same_models_told_and_told_nothing(monkeypatch, cap
 
     def evaluated(arguments, folder, shared):
         asked.append((folder.name, arguments.told))
-        rows = [{"hit": (1.0 + (arguments.told == "arrow"), 1.0)}] * 9
-        figures = {source: metrics.summarise(rows) for source in evaluate.BESIDE}
-        return {"figures": figures, "settings": SETTLED, "row": metrics.Row([rows], [{}])}
+        return [{"hit": (1.0 + (arguments.told == "arrow"), 1.0)}] * 9
 
-    monkeypatch.setattr(evaluate, "train_row", lambda row, arguments: tmp_path / row)
-    monkeypatch.setattr(metrics, "check_sets", lambda *_: None)
-    monkeypatch.setattr(evaluate, "ClipDataset", lambda _: HeldOut())
-    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    stand_in(monkeypatch, tmp_path, evaluated)
     run(monkeypatch, "--table", 2, "--data", "d", "--val", "v", "--seeds", 1)
     rows = ("one_stage", "sparse_flow", "motion_dreamer")
     assert asked == [(row, told) for told in ("arrow", "nothing") for row in rows]

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import clips_in, tiny_stage, tiny_tower, tiny_vae
+from tiny import clips_in, save_tiny_model, tiny_stage, tiny_tower, tiny_vae
 
 import sample
 import train
-from motion_dreamer import STAGE1, STAGE2, Motion, MotionDreamer
+from motion_dreamer import STAGE1, Motion, MotionDreamer
 from sources.find import is_hub_id, weights_in
 from svd import VAE, ImageEncoder
 
@@ -31,11 +31,7 @@ PARTS = {"vae": VAE, "image_encoder": ImageEncoder, "stage1": MotionDreamer, "st
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    sizes = {"vae_factor": 2, "frames": FRAMES, "width": WIDTH, "height": HEIGHT, "sigma_max": 80.0, "fps": 5.0}
-    tiny_vae().save_pretrained(folder / "vae")
-    tiny_tower().save_pretrained(folder / "image_encoder")
-    for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
-        tiny_stage(replace(config, **sizes), scale=0.02).save_pretrained(folder / name)
+    save_tiny_model(folder, WIDTH, HEIGHT, FRAMES)
     Image.new("RGB", (WIDTH, HEIGHT), "gray").save(folder / "image.png")
     return folder
 

@@ -242,7 +242,7 @@ def test_a_picture_that_the_model_cannot_show_gets_a_word():
     assert doubt(read_rgb(DEMO / "example.png")) == ""  # dominoes
     y, x = np.mgrid[:200, :300] / 6
     waves = 128 + 60 * np.stack([np.sin(x) * np.cos(y), np.sin(x + y), np.cos(x - 2 * y)], -1)
-    for strange in (read_rgb(DEMO / "draw.png"), waves.astype(np.uint8)):
+    for strange in (read_rgb(DEMO / "page.jpg"), waves.astype(np.uint8)):
         assert "; such pictures are strange to the model" in doubt(strange) and "dB only" in doubt(strange)
 
 

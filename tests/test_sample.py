@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import UNET_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
+from tiny import UNET_CONFIG, moving_squares, randomize, save_tiny_model, tiny_stage
 
 import sample
 import show
 from inputs.find import at_hand
 from inputs.photo import fit, read_inputs
-from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, Motion, MotionDreamer, SmallMotionDreamer, SmallStageConfig
+from motion_dreamer import ONE_STAGE, Motion, MotionDreamer, SmallMotionDreamer, SmallStageConfig
 from svd import UNet
 from training.processes import peak_memory
 
@@ -34,11 +34,7 @@ WIDTH, HEIGHT, FRAMES = 24, 16, 4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    sizes = {"vae_factor": 2, "frames": FRAMES, "width": WIDTH, "height": HEIGHT, "sigma_max": 80.0, "fps": 5.0}
-    tiny_vae().save_pretrained(folder / "vae")
-    tiny_tower().save_pretrained(folder / "image_encoder")
-    for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
-        tiny_stage(replace(config, **sizes), scale=0.02).half().save_pretrained(folder / name)
+    save_tiny_model(folder, WIDTH, HEIGHT, FRAMES, torch.float16)
     torch.manual_seed(0)
     svd = UNet(replace(UNET_CONFIG, in_channels=8, out_channels=4))
     svd.save_pretrained(folder / "unet")

@@ -1,5 +1,6 @@
 """Small models and clips that several test files share. Weights are random also where training starts at zero."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from clips import Clip
-from motion_dreamer import MotionDreamer, StageConfig, stage_class
+from motion_dreamer import STAGE1, STAGE2, MotionDreamer, StageConfig, stage_class
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
 
 VAE_CONFIG = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, channels_per_group=4)
@@ -84,3 +85,12 @@ def clips_in(folder: Path, count: int) -> Path:
     for seed in range(count):
         moving_squares(seed).save(folder / f"{seed}.safetensors")
     return folder
+
+
+def save_tiny_model(folder: Path, width: int, height: int, frames: int, dtype: torch.dtype = torch.float32) -> None:
+    """A model folder of the paper's two stages, `dtype` their precision."""
+    sizes = {"vae_factor": 2, "frames": frames, "width": width, "height": height, "sigma_max": 80.0, "fps": 5.0}
+    tiny_vae().save_pretrained(folder / "vae")
+    tiny_tower().save_pretrained(folder / "image_encoder")
+    for name, config in (("stage1", STAGE1), ("stage2", STAGE2)):
+        tiny_stage(replace(config, **sizes), scale=0.02).to(dtype).save_pretrained(folder / name)
