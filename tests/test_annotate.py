@@ -353,6 +353,7 @@ def test_depth_anything_from_a_folder(tmp_path):
 
 def test_a_path_that_is_not_there_is_never_sent_to_the_hub(monkeypatch):
     """tests/none could be somebody's repository."""
+    pytest.importorskip("transformers")
     monkeypatch.chdir(Path(__file__).parent.parent)
     for annotator, choice in ((annotate.depth_annotator, "depth-anything"), (annotate.segmentation_annotator, "sam2")):
         with pytest.raises(ValueError, match="-model tests/none: no such folder"):

@@ -464,11 +464,6 @@ MISTAKES = {
     "nothing named": (lambda g: unnamed(g), ["--segment", "none"], "arrow 1: names no object, and --segment is none"),
     "no SAM": (lambda g: unnamed(g), ["--segment", "sam", "--segment-model", str(ROOT / "demo")], "--segment"),
     "no depth model": (lambda g: None, ["--depth", "estimate", "--depth-model", str(ROOT / "demo")], "--depth"),
-    "no folder of SAM": (
-        lambda g: unnamed(g),
-        ["--segment", "sam", "--segment-model", str(ROOT / "none")],
-        "/none: no such folder",
-    ),
     "no single file": (lambda g: None, ["--svd", "nowhere/svd.safetensors"], "nowhere/svd.safetensors"),
     "not a single file": (lambda g: None, ["--svd", __file__], "damaged or truncated"),
     "two of a name": (lambda g: None, ["elsewhere/arrows.json"], "2 arrows files are called arrows"),
@@ -484,6 +479,15 @@ MISTAKES = {
     "frames": (lambda g: None, ["--frames", "1"], "--frames 1"),
     "fps": (lambda g: None, ["--fps", "nan"], "--fps nan"),
 }
+
+
+def test_a_folder_of_sam_that_is_not_there_is_never_sent_to_the_hub(given, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    unnamed(given)
+    with pytest.raises(SystemExit) as stop:
+        given.run(monkeypatch, "--segment", "sam", "--segment-model", str(ROOT / "none"))
+    line = f"sample.py: --segment-model {ROOT / 'none'}: no such folder\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
