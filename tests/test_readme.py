@@ -11,6 +11,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
+
+from clips import Motion
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -143,3 +146,20 @@ def test_every_field_of_set_is_a_field_of_a_stage():
 def test_quick_start_is_two_commands():
     block = section("Quick start").split("```")[1].strip().splitlines()
     assert len(block) == 2 and block[0].endswith("python sample.py") and block[1].endswith("pytest")
+
+
+def test_the_python_runs_block_after_block(tmp_path, monkeypatch):
+    """dream() from Python, then the motion that it gave changed as a file."""
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    changes, dreams = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(dreams.replace("steps=10", "steps=1"), names)
+    motion, video = names["motion"], names["video"]
+    assert video.shape == (1, 16, 3, 64, 128) and video.isfinite().all()
+    motion.save("out/motion.safetensors")
+    exec(changes, {})
+    held = Motion.load("out/motion.safetensors")
+    assert (held.flow[:, 8:] == 0).all() and torch.equal(held.flow[:, :8], motion.flow[:, :8])
+    assert (held.segmentation[:, 8:] == held.segmentation[:, 8:9]).all()
