@@ -22,10 +22,12 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from bottle import Bottle, HTTPError, HTTPResponse, abort, request, response
 
-from page.studio import PANELS, ROOT, Busy, Job, Studio, own_folder, sheet_of, without_paths
+from page.edit import read_edit
+from page.studio import ROOT, Busy, Job, Studio, frames_of, ids_of, own_folder, sheet_of, without_paths
 
 DEMO = ROOT / "demo"
 LARGEST = 64 * 2**20  # bytes of a request
+LARGEST_EDIT = 2**16
 DRAINED = 4 * LARGEST  # read and thrown away, so that the browser hears why and not that the line broke
 LIMITS = {"samples": (1, 8), "seed": (0, 2**31 - 1), "steps": (1, 200)}
 PARTS = {"picture": "picture", "ids": "ids.png", "depth": "depth.png"}  # field -> our name
@@ -154,15 +156,37 @@ def file_reply(content: bytes, kind: str, **headers: str) -> HTTPResponse:
     return HTTPResponse(content, headers=HEADERS | {"Content-Type": kind} | headers)
 
 
+def paint(studio: Studio, number: int, sample: int) -> dict:
+    """Takes JSON: how the motion of a finished dream is edited (page/edit.py) before it is painted again."""
+    tab = tab_of()
+    studio.hear_tab(tab)
+    if request.content_length > LARGEST_EDIT:
+        abort(413, f"edit: is too large: {LARGEST_EDIT // 1024} kB at most")
+    try:
+        return studio.paint(tab, number, sample, read_edit(request.body.read())).told()
+    except KeyError:
+        abort(404, f"dream {number} has no such sample, or is not done, or not there (any more)")
+    except ValueError as error:
+        abort(400, str(error))
+    except Busy as error:
+        abort(409, str(error))
+
+
 def result(studio: Studio, number: int, sample: int, name: str) -> HTTPResponse:
-    """The picture of the arrows, or a panel's frames on one sheet."""
+    """The picture of the arrows; a panel's frames on one sheet; or the ids of all frames, as shades of gray."""
     job = job_of(studio, number)
-    if job.state != "done" or sample >= job.samples or name not in ("input", *PANELS):
+    if not 0 <= sample < len(job.results):
         abort(404, "no such picture")
-    out = job.out(sample)
-    return file_reply(
-        (out / "input.png").read_bytes() if name == "input" else sheet_of(out / f"{name}.mp4"), "image/png"
-    )
+    out, panels = job.out(sample), job.results[sample]["panels"]
+    if name == "input":
+        content = (out / "input.png").read_bytes()
+    elif name == "ids" and "segmentation" in panels:
+        content = sheet_of(ids_of(out))
+    elif name in panels:
+        content = sheet_of(frames_of(out / f"{name}.mp4"))
+    else:
+        abort(404, "no such picture")
+    return file_reply(content, "image/png")
 
 
 def download(studio: Studio, number: int) -> HTTPResponse:
@@ -206,6 +230,10 @@ def make_app(studio: Studio, port: int, model: dict) -> Bottle:
     @app.post("/dream")
     def dream() -> dict:
         return start(studio)
+
+    @app.post("/paint/<number:int>/<sample:int>")
+    def paint_again(number: int, sample: int) -> dict:
+        return paint(studio, number, sample)
 
     @app.post("/drop/<number:int>")
     def drop(number: int) -> dict:

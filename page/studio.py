@@ -26,11 +26,15 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+
+from page.edit import Edit
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "motion-dreamer-page-"
 LOCK = "in-use"
+INPUTS = ("picture", "arrows.json", "ids.png", "depth.png")  # of a dream, the last two where the page sent them
+MOTION = "motion.safetensors"
 PANELS = ("flow", "segmentation", "depth", "video")  # mp4 files of sample.py
 MOST_KEPT = 12  # dreams of one tab
 GONE = 150  # seconds without a word: browsers let a tab in the background speak once a minute
@@ -45,13 +49,14 @@ class Busy(Exception):
 
 @dataclass
 class Job:
-    """One press of Dream: its process, how far it is, and its folder with the inputs and `out`."""
+    """One press of Dream or Paint again: its process, how far it is, and its folder with the inputs and `out`."""
 
     number: int
     tab: str
     folder: Path
     samples: int
     process: subprocess.Popen
+    made: str = ""  # of which motion, edited how: what Stage II alone has painted
     state: str = "running"  # or done, failed
     note: str = ""  # what sample.py says of the picture
     error: str = ""
@@ -76,7 +81,7 @@ class Job:
 
     def told(self) -> dict:
         """All that the page shows of it, as JSON."""
-        names = ("number", "state", "note", "error", "progress", "samples", "results")
+        names = ("number", "made", "state", "note", "error", "progress", "samples", "results")
         return {name: getattr(self, name) for name in names}
 
 
@@ -87,14 +92,24 @@ def facts(out: Path) -> dict:
     found = {name: record[name] for name in ("frames", "fps", "seconds", "seed", "steps")}
     found["panels"] = [name for name in PANELS if (out / f"{name}.mp4").exists()]
     if "flow" in found["panels"]:
-        longest = np.hypot(*np.moveaxis(load_file(out / "motion.safetensors")["flow"], 2, 0)).max()
+        longest = np.hypot(*np.moveaxis(load_file(out / MOTION)["flow"], 2, 0)).max()
         found["rim"] = max(1.0, float(longest))  # as sample.py colours it
     return found
 
 
-def sheet_of(video: Path) -> bytes:
-    """The frames of an mp4 as one PNG, row after row of ceil(sqrt(frames)): any browser shows it, frame by frame."""
-    frames = iio.imread(video, plugin="FFMPEG")
+def frames_of(video: Path) -> np.ndarray:
+    """An mp4 as uint8 [T, H, W, 3]."""
+    return iio.imread(video, plugin="FFMPEG")
+
+
+def ids_of(out: Path) -> np.ndarray:
+    """Of a folder that sample.py wrote: the motion's ids, uint8 [T, H, W]. Raises KeyError where it has none."""
+    return load_file(out / MOTION)["segmentation"][0].astype(np.uint8)
+
+
+def sheet_of(frames: np.ndarray) -> bytes:
+    """Frames uint8 [T, H, W] (gray) or [T, H, W, 3] as one PNG, row after row of ceil(sqrt(T)): any browser shows it,
+    frame by frame."""
     columns = int(np.ceil(np.sqrt(len(frames))))
     empty = np.zeros((-len(frames) % columns, *frames.shape[1:]), np.uint8)
     rows = np.concatenate([frames, empty]).reshape(-1, columns, *frames.shape[1:])
@@ -134,7 +149,7 @@ class Studio:
     def hear_tab(self, tab: str) -> None:
         self.seen[tab] = time.monotonic()
 
-    def start(self, tab: str, fill: Callable[[Path], None], samples: int, options: list[str]) -> Job:
+    def start(self, tab: str, fill: Callable[[Path], None], samples: int, options: list[str], made: str = "") -> Job:
         """Starts a dream in a new folder that `fill` puts the inputs into. Raises Busy."""
         with self.lock:
             if any(job.state == "running" for job in self.jobs.values()):
@@ -150,9 +165,35 @@ class Studio:
             except BaseException:
                 shutil.rmtree(folder)
                 raise
-            job = self.jobs[self.count] = Job(self.count, tab, folder, samples, process)
+            job = self.jobs[self.count] = Job(self.count, tab, folder, samples, process, made)
         threading.Thread(target=self.follow, args=(job,), daemon=True).start()
         return job
+
+    def paint(self, tab: str, number: int, sample: int, edit: Edit) -> Job:
+        """Starts Stage II alone on the edited motion of a finished dream, with the same inputs, seed and steps: what
+        differs comes from the edit. Raises Busy, KeyError where there is no such motion, and ValueError of one line for
+        an edit that does not fit it."""
+        source = self.find(tab, number)
+        if not 0 <= sample < len(source.results):
+            raise KeyError(sample)
+        try:
+            motion = edit.apply(load_file(source.out(sample) / MOTION))
+        except FileNotFoundError:  # removed just now
+            raise KeyError(number) from None
+
+        def fill(folder: Path) -> None:
+            self.find(tab, number)  # may be removed meanwhile, but not before this ends
+            for name in INPUTS:
+                if (source.folder / name).exists():
+                    shutil.copy(source.folder / name, folder)
+            (folder / "out").mkdir()
+            save_file(motion, folder / "out" / MOTION)
+            (folder / "edit.json").write_text(edit.to_json())
+
+        settings = source.results[sample]
+        options = [f"--seed={settings['seed']}", f"--steps={settings['steps']}", "--stage=2"]
+        of = f"Dream {number}, sample {sample + 1}" if source.samples > 1 else f"Dream {number}"
+        return self.start(tab, fill, 1, options, f"{of}: {edit.told()}")
 
     def launch(self, folder: Path, options: list[str]) -> subprocess.Popen:
         depth = ["--depth", "depth.png" if (folder / "depth.png").exists() else "auto"]

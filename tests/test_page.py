@@ -1,5 +1,6 @@
-"""python -m page: who may ask the server, what it refuses, one dream at a time, and what is left behind: nothing. Then
-the page in a headless Chromium, from a scene to two videos side by side.
+"""python -m page: who may ask the server, what it refuses, one dream at a time, and what is left behind: nothing; a
+motion edited between the stages. Then the page in a headless Chromium, from a scene to two videos side by side, and to
+a third, painted again.
 
 In most tests a stand-in takes the place of sample.py: its seed says what it does.
 """
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import page.studio
 from clips import Motion
+from page.edit import MOST_MOVES, RANGES, RIM, Edit, Move, fill, flip_flow, move_object, read_edit
 from page.server import DEMO, describe, open_server
 from page.studio import BAR, LOCK, Busy, Job, Studio, own_folder, without_paths
 from show import write_video
@@ -44,7 +46,8 @@ if "--seed=1 " in told:
         pass
 if "--seed=2 " in told:
     sys.exit("sample.py: picture: not a picture that Pillow can read")
-shutil.copytree(TEMPLATE, "out")
+given = shutil.ignore_patterns("motion*") if "--stage=2 " in told else None
+shutil.copytree(TEMPLATE, "out", ignore=given, dirs_exist_ok=given is not None)
 """
 
 
@@ -59,7 +62,9 @@ def stand_in(tmp_path_factory):
         write_video(out / f"{name}.mp4", frames, 10)
     flow = torch.zeros(1, 16, 2, 64, 128)
     flow[0, 3, :, 5, 5] = torch.tensor([3.0, 4.0])
-    Motion(flow, None, None).save(out / "motion.safetensors")
+    ids = torch.zeros(1, 16, 64, 128, dtype=torch.long)
+    ids[:, :, 20:40, 50:60] = 7
+    Motion(flow, ids, torch.full((1, 16, 64, 128), 9.0)).save(out / "motion.safetensors")
     Image.new("RGB", (512, 256)).save(out / "input.png")
     record = {"frames": 16, "fps": 10.0, "seconds": 1.5, "seed": 0, "steps": 25}
     (out / "run.json").write_text(json.dumps(record))
@@ -173,7 +178,15 @@ def alive(group):
     ],
 )
 def test_only_its_own_page_may_ask(server, method, headers):
-    for path in ("/", "/info", f"/state?tab={TAB}", "/nowhere", "/scenes/demo/ids.png", f"/dream?tab={TAB}"):
+    for path in (
+        "/",
+        "/info",
+        f"/state?tab={TAB}",
+        "/nowhere",
+        "/scenes/demo/ids.png",
+        f"/dream?tab={TAB}",
+        f"/paint/1/0?tab={TAB}",
+    ):
         status, content = ask(server, method, path, b"" if method == "POST" else None, **headers)
         assert status == 403 and content.startswith(b"this server answers") and content.count(b"\n") == 1, path
     assert server.studio.seen == {}
@@ -380,6 +393,266 @@ def test_bars_are_read_as_tqdm_writes_them():
     assert job.last and not job.note and not job.progress
 
 
+# ----------------------------------------------------------------------------------------- an edit between the stages
+
+
+def random_motion(seed, frames=4, height=17, width=23):
+    """Objects 1 to 3 in lumps, some rows and a frame without any background."""
+    rng = np.random.default_rng(seed)
+    ids = rng.choice([0, 0, 0, 1, 2, 3], (1, frames, -(-height // 4), -(-width // 4))).repeat(4, 2).repeat(4, 3)
+    ids = ids[:, :, :height, :width].copy()
+    ids[:, -1][ids[:, -1] == 0] = 1
+    ids[:, :, 2:5][ids[:, :, 2:5] == 0] = 3
+    flow, depth = rng.normal(size=(1, frames, 2, height, width)), rng.uniform(1, 9, (1, frames, height, width))
+    return {"flow": flow.astype(np.float32), "segmentation": ids, "depth": depth.astype(np.float32)}
+
+
+def behind(values, known, y, x):
+    """What the background leads one to expect at a pixel of [H][W], pixel by pixel; None where there is none."""
+    rows = sorted((row for row in range(len(values)) if any(known[row])), key=lambda row: (abs(row - y), row))
+    if not rows:
+        return None
+    row = rows[0]
+    left = [column for column in range(x + 1) if known[row][column]][-1:]
+    right = [column for column in range(x, len(values[row])) if known[row][column]][:1]
+    if not (left and right) or left == right:
+        return values[row][(left or right)[0]]
+    (a,), (b,) = left, right
+    return (values[row][a] * (b - x) + values[row][b] * (x - a)) / (b - a)
+
+
+def moved_by_loops(motion, number, frame, dx, dy):
+    ids, edited = motion["segmentation"][0], {name: value.copy() for name, value in motion.items()}
+    _, height, width = ids.shape
+    layers = {"depth": [motion["depth"][0]], "flow": list(np.moveaxis(motion["flow"][0], 1, 0))}
+    new = {"depth": [edited["depth"][0]], "flow": list(np.moveaxis(edited["flow"][0], 1, 0))}
+    places = [(y, x) for y in range(height) for x in range(width)]
+    for t in range(frame, len(ids)):
+        own = [(y, x) for y, x in places if ids[t, y, x] == number]
+        by = [
+            (y, x)
+            for y, x in places
+            if ids[t, y, x] == 0 and min([abs(y - b) + abs(x - a) for b, a in own], default=9) <= RIM
+        ]
+        known = ids[t] == 0
+        for y, x in by:
+            known[y, x] = False
+        for y, x in own:
+            edited["segmentation"][0, t, y, x] = 0
+        for y, x in own + by:
+            for name, channel in [("depth", 0), ("flow", 0), ("flow", 1)]:
+                if (value := behind(layers[name][channel][t], known, y, x)) is not None:
+                    new[name][channel][t, y, x] = value
+        for y, x in own:
+            if 0 <= y + dy < height and 0 <= x + dx < width:
+                edited["segmentation"][0, t, y + dy, x + dx] = number
+                for name, channel in [("depth", 0), ("flow", 0), ("flow", 1)]:
+                    new[name][channel][t, y + dy, x + dx] = layers[name][channel][t, y, x]
+    for y, x in places:
+        if ids[frame - 1, y, x] == number:
+            edited["flow"][0, frame - 1, :, y, x] += (dx, dy)
+    return edited
+
+
+MOVES = [
+    (1, 1, 3, -2),
+    (2, 3, -1, 0),
+    (3, 2, 0, 5),
+    (3, 1, 0, 0),
+    (1, 2, -20, 9),
+    (2, 1, 30, 0),
+    (3, 1, -30, -20),
+    (2, 2, 99, -99),
+]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_an_object_moves_as_a_loop_over_pixels_moves_it(move):
+    motion = random_motion(move[1])
+    before = {name: value.copy() for name, value in motion.items()}
+    moved, expected = move_object(motion, *move), moved_by_loops(motion, *move)
+    for name, value in expected.items():
+        np.testing.assert_allclose(moved[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert moved[name].dtype == motion[name].dtype and (motion[name] == before[name]).all(), name
+    parts = {name: value for name, value in motion.items() if name == "segmentation"}
+    assert (move_object(parts, *move)["segmentation"] == moved["segmentation"]).all()  # flow and depth may be missing
+
+
+def test_what_a_moved_object_leaves_is_background_as_beside_it():
+    """A floor whose depth and flow are the same along a row has no seam."""
+    floor = np.repeat(np.linspace(9, 2, 8, dtype=np.float32)[:, None], 13, axis=1)
+    holes, depth = np.zeros((8, 13), bool), floor.copy()
+    holes[2:6, 4:7] = True
+    depth[holes] = 1
+    fill(depth[None], holes[None], ~holes[None])
+    assert (depth == floor).all()
+
+
+def test_a_flipped_flow_changes_nothing_else():
+    motion = random_motion(0)
+    flipped = flip_flow(motion)
+    assert (flipped["flow"] == -motion["flow"]).all() and motion["flow"].any()
+    assert all(flipped[name] is motion[name] for name in ("segmentation", "depth"))
+    assert (flip_flow(flipped)["flow"] == motion["flow"]).all()
+
+
+@pytest.mark.parametrize(
+    ("move", "told"),
+    [
+        ((1, 0, 1, 1), "frame 0: expected 1 to 3"),
+        ((1, 4, 1, 1), "frame 4: expected 1 to 3"),
+        ((9, 2, 1, 1), "object 9 is in no frame from 2 on"),
+    ],
+)
+def test_a_move_that_does_not_fit_is_told(move, told):
+    fine = Move(1, 1, 1, 1)
+    with pytest.raises(ValueError, match=f"^edit: move 2: {told}$"):
+        Edit([fine, Move(*move)], False).apply(random_motion(1))
+
+
+def test_what_is_moved_out_of_the_picture_is_gone():
+    out, back = Move(1, 1, 99, 0), Move(1, 1, -99, 0)
+    with pytest.raises(ValueError, match="^edit: move 2: object 1 is in no frame"):
+        Edit([out, back], False).apply(random_motion(1))
+    for parts, told in (({}, "move 1: the motion has no ids"), ({"segmentation": 1}, "flip: the motion has no flow")):
+        with pytest.raises(ValueError, match=f"^edit: {told}$"):
+            Edit([] if parts else [out], True).apply(parts)
+
+
+def test_an_edit_is_moves_one_after_the_other_and_the_flip():
+    edit, motion = Edit([Move(1, 1, 2, 1), Move(2, 2, -1, 0)], True), random_motion(3)
+    assert read_edit(edit.to_json().encode()) == edit
+    expected = flip_flow(move_object(move_object(motion, 1, 1, 2, 1), 2, 2, -1, 0))
+    assert all((value == expected[name]).all() for name, value in edit.apply(motion).items())
+    assert (
+        edit.told() == "object 1 moved by 2, 1 from frame 2 on; object 2 moved by -1, 0 from frame 3 on; flow flipped"
+    )
+
+
+MOVE = {"object": 7, "frame": 5, "dx": 12, "dy": -4}
+
+
+def edited(server, edit, number=1, sample=0, tab=TAB, **headers):
+    """Asks for a dream to be painted again; `edit` is JSON's bytes, or what becomes JSON."""
+    body = edit if isinstance(edit, bytes) else json.dumps(edit).encode()
+    status, content = ask(server, "POST", f"/paint/{number}/{sample}?tab={tab}", body, **headers)
+    return status, json.loads(content) if status == 200 else content.decode()
+
+
+def test_a_dream_is_painted_again_from_an_edited_motion(server):
+    dream(server, depth=picture_of(ids=True), samples=1)
+    finished(server)
+    sheet = np.array(Image.open(io.BytesIO(ask(server, "GET", f"/results/1/0/ids?tab={TAB}")[1])))
+    assert sheet.shape == (4 * 64, 4 * 128) and set(np.unique(sheet)) == {0, 7}
+    assert (sheet[64 * 3 + 20 : 64 * 3 + 40, 128 * 2 + 50 : 128 * 2 + 60] == 7).all() and (sheet == 7).sum() == 16 * 200
+
+    server.studio.jobs[1].results[0] |= {"seed": 40, "steps": 9}
+    status, job = edited(server, {"moves": [MOVE], "flip": True})
+    assert status == 200 and job["made"] == "Dream 1: object 7 moved by 12, -4 from frame 6 on; flow flipped"
+    job = finished(server)
+    assert (job["number"], job["state"], job["results"][0]["rim"]) == (2, "done", pytest.approx(160**0.5))  # the jump
+    told = server.studio.jobs[2].process.args
+    assert {"--seed=40", "--steps=9", "--stage=2"} <= set(told) and told[told.index("--depth") + 1] == "depth.png"
+    files = [{path.name: path.read_bytes() for path in server.studio.jobs[i].folder.glob("*.*")} for i in (1, 2)]
+    assert all(files[1].pop(name) == content for name, content in files[0].items()) and len(files[0]) == 3
+    assert [*files[1]] == ["edit.json"] and json.loads(files[1]["edit.json"]) == {"moves": [MOVE], "flip": True}
+    first, second = (Motion.load(server.studio.jobs[i].folder / "out" / "motion.safetensors") for i in (1, 2))
+    assert (second.segmentation[0, 5:, 16:36, 62:72] == 7).all() and (second.segmentation == 7).sum() == 16 * 200
+    assert torch.equal(first.segmentation[:, :5], second.segmentation[:, :5])
+    assert torch.equal(first.flow[:, :4], -second.flow[:, :4])
+
+    status, job = edited(server, {"moves": [], "flip": True}, number=2)  # of what is edited, too
+    assert status == 200 and job["made"] == "Dream 2: flow flipped" and finished(server)["state"] == "done"
+
+
+def test_a_painting_counts_as_a_dream(server, monkeypatch):
+    fine = {"moves": [MOVE], "flip": False}
+    dream(server, samples=1)
+    finished(server)
+    server.studio.jobs[1].results[0]["seed"] = FOREVER
+    assert edited(server, fine)[0] == 200
+    group = server.studio.jobs[2].process.pid
+    assert edited(server, fine) == (409, waited(lambda: dream(server)[1]))  # another is running
+    assert edited(server, fine, number=2)[0] == 404  # not done
+    assert ask(server, "POST", f"/drop/2?tab={TAB}", b"")[0] == 200
+    waited(lambda: alive(group) == [], 2)
+    monkeypatch.setattr(page.studio, "MOST_KEPT", 1)
+    assert edited(server, fine) == (409, "1 dreams are kept already: remove one\n")
+    assert [path.name for path in server.studio.folder.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_dream_that_is_removed_meanwhile_is_not_painted(server, monkeypatch, before):
+    """Before its motion is read, or after."""
+    dream(server)
+    finished(server)
+    read = page.studio.load_file
+
+    def read_while_it_is_removed(path):
+        motion = None if before else read(path)
+        server.studio.drop(TAB, 1)
+        return motion or read(path)
+
+    monkeypatch.setattr(page.studio, "load_file", read_while_it_is_removed)
+    status, told = edited(server, {"moves": [MOVE], "flip": False})
+    assert status == 404 and told.startswith("dream 1 ") and [*server.studio.folder.iterdir()] == []
+
+
+def with_move(**changed):
+    return {"moves": [MOVE | changed], "flip": False}
+
+
+BAD_EDITS = [
+    ("not JSON", b""),
+    ("not JSON", b"{"),
+    ("not JSON", b"\xff"),
+    ("not JSON", b"[" * 60000),
+    ("not JSON", b'{"moves": [], "flip": ' + b"9" * 5000 + b"}"),
+    ("expected {", []),
+    ("expected {", {"moves": [MOVE]}),
+    ("expected {", {"moves": [MOVE], "flip": False, "out": "/etc"}),
+    ("flip: expected", {"moves": [MOVE], "flip": 1}),
+    ("moves: expected", {"moves": MOVE, "flip": False}),
+    ("moves: expected", {"moves": [MOVE] * (MOST_MOVES + 1), "flip": False}),
+    ("nothing is changed", {"moves": [], "flip": False}),
+    ("move 2: expected object, frame, dx, dy", {"moves": [MOVE, 3], "flip": False}),
+    ("move 1: expected object, frame, dx, dy", with_move(path="x")),
+    ("move 1: dx: expected a whole number", with_move(dx=float("nan"))),
+    ("move 1: dy: expected a whole number", with_move(dy=float("inf"))),
+    ("move 1: dx: expected a whole number", with_move(dx=1.0)),
+    ("move 1: dx: expected a whole number", with_move(dx=10**400)),
+    ("move 1: dy: expected a whole number", with_move(dy=-10000)),
+    ("move 1: object: expected a whole number", with_move(object=True)),
+    ("move 1: object: expected a whole number", with_move(object="7")),
+    ("move 1: object: expected a whole number", with_move(object=256)),
+    ("move 1: frame: expected a whole number", with_move(frame=0)),
+    ("move 1: frame: expected a whole number", with_move(frame=None)),
+    ("move 1: frame 16: expected 1 to 15", with_move(frame=16)),
+    ("move 1: object 8 is in no frame from 5 on", with_move(object=8)),
+]
+
+
+def test_a_bad_edit_is_told_in_a_line_and_leaves_nothing(server):
+    dream(server)
+    finished(server)
+    for line, edit in BAD_EDITS:
+        status, told = edited(server, edit)
+        assert status == 400 and told.startswith(f"edit: {line}") and told.count("\n") == 1 and len(told) < 200, edit
+    for name, (least, most) in RANGES.items():
+        assert read_edit(json.dumps(with_move(**{name: most})).encode()).moves[0] != Move(**MOVE)
+        assert f"from {least} to {most}" in edited(server, with_move(**{name: most + 1}))[1]
+    fine = {"moves": [MOVE], "flip": False}
+    for place in ({"number": 2}, {"sample": 1}, {"sample": -1}, {"number": 10**30}, {"tab": OTHER}):
+        status, told = edited(server, fine, **place)
+        assert status == 404 and told.count("\n") == 1, place
+    assert edited(server, fine, tab="../x")[0] == 400
+    assert edited(server, fine, Origin="http://evil.example")[0] == edited(server, fine, Origin=None)[0] == 403
+    assert edited(server, b" " * 2**16 + json.dumps(fine).encode()) == (413, "edit: is too large: 64 kB at most\n")
+    assert ask(server, "GET", f"/results/1/0/ids?tab={OTHER}")[0] == 404
+    assert ask(server, "GET", f"/results/1/-1/ids?tab={TAB}")[0] == 404
+    assert [*server.studio.jobs] == [1] and [path.name for path in server.studio.folder.iterdir()] == ["1"]
+
+
 # -------------------------------------------------------------------------------------------- the command, and its end
 
 
@@ -499,8 +772,77 @@ def open_scene(page, name):
     waited(lambda: "drag an arrow" in page.status())
 
 
+def edit_of(page, card, part, click=False):
+    """The text of a part of a card's edit, which stands there when it is open."""
+    line = "const e = document.querySelectorAll('.card')[arguments[0]].querySelector(arguments[1])"
+    what = "e.click()" if click else "return e?.textContent"
+    return page.js(f"{line}; {what}", card, f".edit:not([hidden]) {part}")
+
+
+def drag_object(page, card, *cells, kind="mouse"):
+    """In the ids of a card, which are 128x64."""
+    line = "const e = document.querySelectorAll('.card')[arguments[0]].querySelector('.segmentation canvas')"
+    box = page.js(f"{line}; e.scrollIntoView({{block: 'center'}}); return e.getBoundingClientRect().toJSON()", card)
+    places = [(box["x"] + (x + 0.5) * box["width"] / 128, box["y"] + (y + 0.5) * box["height"] / 64) for x, y in cells]
+    moves = [{"type": "pointerMove", "duration": 0, "x": round(x), "y": round(y)} for x, y in places]
+    actions = [moves[0], {"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}]
+    pointer = {"type": "pointer", "id": kind, "parameters": {"pointerType": kind}, "actions": actions}
+    page.ask("POST", "/actions", {"actions": [pointer]})
+
+
+def objects_shown(page, card):
+    """Left, top, right, bottom of what is not black in the ids of a card, and how many pixels of it there are."""
+    line = "const c = document.querySelectorAll('.card')[arguments[0]].querySelector('.segmentation canvas')"
+    data = "c.getContext('2d').getImageData(0, 0, c.width, c.height).data"
+    found = page.js(
+        f"{line}, d = {data}; return [...d.keys()].filter((i) => i % 4 === 0 && d[i]).map((i) => i / 4)", card
+    )
+    y, x = np.divmod(found, 128)
+    return x.min(), y.min(), x.max() + 1, y.max() + 1, len(found)
+
+
+def edit_and_paint_again(server, page):
+    """The card of a stand-in, whose ids show an object in x 50 to 60, y 20 to 40."""
+    page.js("document.querySelectorAll('.card .open')[1].click()")
+    waited(lambda: edit_of(page, 1, "p"))
+    assert "Drag an object in the ids" in edit_of(page, 1, "p") and page.js("return $('play').textContent") == "Play"
+    page.slide("time", 0)
+    drag_object(page, 1, (55, 30), (60, 30))
+    assert "The first frame is the picture" in edit_of(page, 1, "p") and "Paint" in edit_of(page, 1, ".paint:disabled")
+    page.slide("time", 5)
+    drag_object(page, 1, (20, 30), (40, 30))  # background
+    assert edit_of(page, 1, ".back:enabled") is None and objects_shown(page, 1) == (50, 20, 60, 40, 200)
+    drag_object(page, 1, (55, 30), (57, 31), (75, 60))
+    drag_object(page, 1, (75, 60), (67, 26), kind="touch")
+    assert edit_of(page, 1, "p") == "Changed: object 7 by 12, -4 from frame 6 on." and objects_shown(page, 1) == (
+        62,
+        16,
+        72,
+        36,
+        200,
+    )
+    page.slide("time", 4)
+    assert objects_shown(page, 1) == (50, 20, 60, 40, 200)
+    page.slide("time", 6)
+    drag_object(page, 1, (67, 26), (127, 26))
+    assert objects_shown(page, 1) == (122, 16, 128, 36, 120)
+    edit_of(page, 1, ".back", click=True)
+    assert objects_shown(page, 1) == (62, 16, 72, 36, 200)
+    edit_of(page, 1, ".flip", click=True)
+    assert "flow flipped, while ids and depth stay" in edit_of(page, 1, "p")
+    edit_of(page, 1, ".paint", click=True)
+    waited(lambda: frame(page, 2))
+    told = page.js("return document.querySelectorAll('.card')[2].querySelector('.made').textContent")
+    assert told == "Dream 2: object 7 moved by 12, -4 from frame 6 on; flow flipped"
+    assert edit_of(page, 1, "p") is None and objects_shown(page, 1)[-1] > 8000  # as it was
+    second, third = (server.studio.jobs[number].folder for number in (2, 3))
+    assert json.loads((third / "edit.json").read_text()) == {"moves": [MOVE], "flip": True}
+    moved = Motion.load(third / "out" / "motion.safetensors").segmentation
+    assert not torch.equal(moved, Motion.load(second / "out" / "motion.safetensors").segmentation)
+
+
 @needs_browser
-def test_from_a_scene_to_two_videos_side_by_side(server, shown, monkeypatch):
+def test_from_a_scene_to_two_videos_side_by_side_and_one_painted_again(server, shown, monkeypatch):
     monkeypatch.setattr(server.studio, "command", (sys.executable, "-u", "-m", "page.job"))  # sample.py itself
     open_scene(shown, "dominoes")
     assert len(np.unique(shown.work()[0])) > 4 and "$" not in shown.js("return $('warnings').textContent")
@@ -509,7 +851,7 @@ def test_from_a_scene_to_two_videos_side_by_side(server, shown, monkeypatch):
     shown.js("$('steps').value = 1")
     shown.click("start")
     waited(lambda: shown.js("return $('start').hidden && !$('cancel').hidden"))
-    waited(lambda: says(shown).startswith("Done") and frame(shown, 0), 60)
+    waited(lambda: says(shown).startswith("Done") and frame(shown, 0), 120)
     job = server.studio.jobs[1]
     assert job.progress | {"left": ""} == {"sample": 1, "stage": 2, "done": 1, "total": 1, "left": ""}
     told = json.loads((job.folder / "arrows.json").read_text())
@@ -537,15 +879,16 @@ def test_from_a_scene_to_two_videos_side_by_side(server, shown, monkeypatch):
     again = json.loads((server.studio.jobs[2].folder / "arrows.json").read_text())["arrows"]
     assert again[0]["start"] == told["arrows"][0]["start"] and again[0]["end"] != told["arrows"][0]["end"]
     assert "strange to the model" in says(shown)
+    edit_and_paint_again(server, shown)
 
     shown.js("document.querySelector('.card a').click()")
     waited(lambda: (shown.downloads / "dream-1.zip").exists())
     names = zipfile.ZipFile(shown.downloads / "dream-1.zip").namelist()
     wrote = ["motion.safetensors", "run.json", "video.mp4", "flow.mp4", "segmentation.mp4", "depth.mp4", "grid.gif"]
     assert {f"out/{name}" for name in [*wrote, "input.png"]} | {"ids.png", "depth.png", "arrows.json"} <= set(names)
-    shown.js("document.querySelector('.card button').click()")
-    waited(lambda: shown.js("return $('cards').children.length") == 1)
-    assert list(server.studio.jobs) == [2]
+    shown.js("document.querySelector('.card .remove').click()")
+    waited(lambda: shown.js("return $('cards').children.length") == 2)
+    assert list(server.studio.jobs) == [2, 3]
 
 
 @needs_browser
@@ -621,7 +964,17 @@ def test_nothing_is_wider_than_the_window(server, shown, width):
     for number in range(2):
         shown.click("start")
         waited(lambda: frame(shown, number))  # noqa: B023
+    shown.js("document.querySelector('.card .open').click()")
+    waited(lambda: edit_of(shown, 0, "p"))
     wide = shown.js("return [innerWidth, document.documentElement.scrollWidth, $('cards').scrollWidth]")
     right = shown.js("return [...document.querySelectorAll('.card *')].map((e) => e.getBoundingClientRect().right)")
     assert wide[0] == width and wide[1] <= width and max(right) <= width
+
+    edit_of(shown, 0, ".flip", click=True)
+    assert edit_of(shown, 0, ".paint:enabled")
+    shown.js("$('seed').value = arguments[0]", FOREVER)
+    shown.click("start")
+    waited(lambda: edit_of(shown, 0, ".paint:disabled") and shown.js("return !$('cancel').hidden"))
+    shown.click("cancel")
+    waited(lambda: edit_of(shown, 0, ".paint:enabled"))
     shown.ask("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
