@@ -34,11 +34,13 @@ from show import write_video
 
 ROOT = Path(__file__).parent.parent
 TAB, OTHER = "a" * 32, "b" * 32
-DONE, FOREVER, FAILS = 0, 1, 2  # seeds
+DONE, FOREVER, FAILS, ESTIMATES = 0, 1, 2, 3  # seeds
 STAND_IN = """
 import shutil, subprocess, sys, time
 told = " ".join(sys.argv)
-print("picture: 128x64; objects from ids.png; such pictures are strange to the model: indeed")
+depth = "depth by some/model" if "--seed=3 " in told else "no depth"
+depth = "depth from depth.png" if "--depth depth.png" in told else depth
+print(f"picture: 128x64; objects from ids.png; {depth}; such pictures are strange to the model: indeed")
 print("stage 1: motion:  50%|#####     | 2/4 [00:01<00:01,  2.00it/s]", end="\\r", file=sys.stderr, flush=True)
 if "--seed=1 " in told:
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -879,6 +881,8 @@ def test_from_a_scene_to_two_videos_side_by_side_and_one_painted_again(server, s
     again = json.loads((server.studio.jobs[2].folder / "arrows.json").read_text())["arrows"]
     assert again[0]["start"] == told["arrows"][0]["start"] and again[0]["end"] != told["arrows"][0]["end"]
     assert "strange to the model" in says(shown)
+    doubts = shown.js("return [...document.querySelectorAll('.doubt')].map((e) => [e.hidden, e.textContent])")
+    assert doubts[0] == [True, ""] and "strange" in doubts[1][1] and "depth" not in doubts[1][1].lower()
     edit_and_paint_again(server, shown)
 
     shown.js("document.querySelector('.card a').click()")
@@ -957,15 +961,23 @@ def test_the_page_warns_and_outlives_its_server(server, shown, tmp_path):
 
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 400])
-def test_nothing_is_wider_than_the_window(server, shown, width):
+def test_nothing_is_wider_than_the_window(server, shown, tmp_path, width):
+    """Of a photo without depth, which is told."""
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     shown.ask("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
-    open_scene(shown, "dominoes")
-    for number in range(2):
+    Image.new("RGB", (256, 128), "gray").save(tmp_path / "photo.png")
+    shown.open(tmp_path / "photo.png")
+    for number, seed in enumerate((DONE, ESTIMATES)):
+        shown.js("$('seed').value = arguments[0]", seed)
         shown.click("start")
         waited(lambda: frame(shown, number))  # noqa: B023
     shown.js("document.querySelector('.card .open').click()")
     waited(lambda: edit_of(shown, 0, "p"))
+    doubts = shown.js("return [...document.querySelectorAll('.doubt')].map((e) => e.innerText)")
+    assert (
+        "No depth came with the picture" in doubts[0]
+        and "depth of the picture was estimated by some/model." in doubts[1]
+    )
     wide = shown.js("return [innerWidth, document.documentElement.scrollWidth, $('cards').scrollWidth]")
     right = shown.js("return [...document.querySelectorAll('.card *')].map((e) => e.getBoundingClientRect().right)")
     assert wide[0] == width and wide[1] <= width and max(right) <= width
