@@ -11,8 +11,9 @@ that any other model made of the same clips.
 A figure never stands alone. Beside the model's stand those of "still" (nothing moves: ids, depth and picture of the
 first frame repeated, flow 0), of "codec" (the truth through the VAE and back: no model with this VAE can do better),
 of "twin" (the scene simulated again with what no picture shows redrawn: nobody can be better for a reason) and of
-"truth" (what the measure itself says of perfect motion). Brackets are 95 % bootstrap intervals over clips. Clips of
-several scenarios have figures by scenario, and their mean.
+"truth" (what the measure itself says of perfect motion: full marks, since nothing is asked that a measure cannot tell
+of it); of Frechet distances, which are larger between fewer clips, also "half of the truth and the other". Brackets are
+95 % bootstrap intervals over clips. Clips of several scenarios have figures by scenario, and their mean.
 
 The model is told what a user would tell it: first frame, its ids and depth, and one arrow: the instance flow of the
 object that was pushed. A careless user marks no other object: --marked pushed. The clips' own truth comes from
@@ -196,6 +197,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
 
     order = ["model", *sorted(rows.keys() - {"model", *BESIDE}), *BESIDE]
     figures = {source: metrics.summarise(rows[source]) | features.distances(source) for source in order}
+    figures |= {"half": half} if (half := features.distances("half")) else {}
     settings = settings_of(arguments, paths) | {
         "model": str(folder), "weights": model.identity()[0], "frames": frames, "size": [clips.width, clips.height],
         "device": device, "seconds": round(time.perf_counter() - started, 1), "lacking": dict(lacking),
@@ -307,7 +309,7 @@ def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
             rows[name].append(metrics.video_figures(video, scene, known) if "physics" in arguments.metrics else {})
             features.add(name, {"rgb_own": video}, scene)
     compared = {name: Row([some], [features.draws(name)]) for name, some in rows.items()}
-    figures = {name: metrics.average(row) for name, row in compared.items()} | {"half": features.distances("truth")}
+    figures = {name: metrics.average(row) for name, row in compared.items()} | {"half": features.distances("half")}
     first, *others = folders
     found = {f"{name} - {first}": metrics.differences(compared[name], compared[first]) for name in others}
     made = {"frames": clips.frames, "size": [clips.width, clips.height], "device": device}

@@ -68,11 +68,12 @@ class Features:
             self.found.setdefault("exact", {}).setdefault("truth", []).append(self.exact(scene))
 
     def distances(self, source: str) -> dict[str, dict]:
-        """Distance of a source's set from the truth's; for "truth" the floor, one half of it against the other."""
-        figures = {}
-        for name, (value, drawn, clips) in self.draws(source, halves=source == "truth").items():
+        """Distance of a source's set from the truth's; of "half", the floor: of one half of the truth from the other,
+        and of each tracker's tracks of the truth from exact ones."""
+        half, figures = source == "half", {}
+        for name, (value, drawn, clips) in self.draws("truth" if half else source, half).items():
             figures[name] = {"value": value, "interval": interval_of(drawn), "clips": clips}
-        for name in self.extractors if source == "truth" and self.exact else ():
+        for name in self.extractors if half and self.exact else ():
             if name.startswith("FVMD"):
                 pair = (self.found[(name, 0)]["truth"], self.found["exact"]["truth"])
                 figures[f"{name[:-2]}: its tracks of the truth against exact tracks ↓"] = set_distance([pair])

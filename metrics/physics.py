@@ -6,8 +6,9 @@ Symbols, `Maps` and `Sums` as in motion.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +160,15 @@ def ends_by_color(video: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
 def of_the_visible(
     says: Callable[[Tensor], set[int]], seen: Tensor, known: Tensor, truly: set[int], among: set[int]
 ) -> Sums:
-    """Balanced accuracy of what `says` finds in the ids by colour of a video (seen). It is asked of the objects for
-    which it finds what is true in the true video (known): what colours cannot tell is not the video's fault."""
-    told = says(known)
-    return two_classes(says(seen), truly, {i for i in among if (i in told) == (i in truly)})
+    """Balanced accuracy of what `says` finds in the ids by colour of a video (seen), `tellable` from the true video's
+    (known)."""
+    return two_classes(says(seen), truly, tellable(says(known), truly, among))
+
+
+def tellable(told: set[int], truly: set[int], among: Iterable[int]) -> set[int]:
+    """Of some objects, those of which a measure says what is true when it is shown the truth (told). It is asked of no
+    other: what it cannot see is no model's fault, and so the truth has full marks."""
+    return {i for i in among if (i in told) == (i in truly)}
 
 
 def far(ids: Tensor, objects: list[int]) -> set[int]:
@@ -201,22 +207,29 @@ def centres(meta: dict, t: int) -> np.ndarray:
 
 
 def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
-    """Will it be hit? Balanced accuracy over the things of which it is asked (`asked`) and that the first frame shows.
+    """Will it be hit? Balanced accuracy over the things of which it is asked (`asked`), that the first frame shows and
+    of which the measure can tell it (`tellable`).
 
     hit: said is yes where the mean way of a thing's carried mask is longer than HIT pixels. hit_video: where the middle
     of its pixels, by colour, comes to lie further than that; of the video alone, so that a model without flow and ids
     (One-stage*) can be compared (`of_the_visible`)."""
-    first, figures = scene.truth["arrow"]["segmentation"][0], {}
-    among, hit = asked(scene.meta["arrow"], len(scene.truth["arrow"]["flow"]))
+    true, figures = scene.truth["arrow"], {}
+    first = true["segmentation"][0]
+    among, hit = asked(scene.meta["arrow"], len(true["flow"]))
     among &= set(objects_of(first))
     if {"flow", "segmentation"} <= made.keys():
-        points, owner = carry_seen(made["flow"], made["segmentation"], first)
-        said = {i for i in among if displacement(points, owner, i).norm() > HIT}
-        figures["hit"] = two_classes(said, hit, among)
+        said, known = (carried_far(maps, first, among) for maps in (made, true))
+        figures["hit"] = two_classes(said, hit, tellable(known, hit, among))
     if among and "rgb_own" in made:
         seen, known = ends_by_color(made["rgb_own"], scene)
         figures["hit_video"] = of_the_visible(lambda ids: far(ids, sorted(among)), seen, known, hit, among)
     return figures
+
+
+def carried_far(maps: Maps, first: Tensor, among: set[int]) -> set[int]:
+    """Of some objects, those whose mask in the first frame [H, W] is carried by more than HIT pixels, in the mean."""
+    points, owner = carry_seen(maps["flow"], maps["segmentation"], first)
+    return {i for i in among if displacement(points, owner, i).norm() > HIT}
 
 
 # -------------------------------------------------------------------------------------- what became of the other car
@@ -297,6 +310,12 @@ class Scene:
         """Whether any frame shows an object: of clips without ids, as annotators may leave them, nothing is asked."""
         return bool(self.truth["arrow"]["segmentation"].any())
 
+    @cached_property
+    def told_by_color(self) -> Tensor:
+        """Where the true video, by colour, shows the true ids: bool [T, H, W]."""
+        true = self.truth["arrow"]
+        return ids_by_color(true["rgb"], true["segmentation"][0]) == true["segmentation"]
+
     @property
     def has_depth(self) -> bool:
         """Annotators without depth write the same number everywhere."""
@@ -343,7 +362,7 @@ def fallen_in_video(seen: Tensor, known: Tensor, scene: Scene) -> Sums:
 
 def object_motion(made: Maps, scene: Scene) -> dict[str, Sums]:
     """Which objects move, by carried points; and how the pushed object obeys its arrow:
-    angle in degrees between arrow and mean flow, and the ratio of their lengths."""
+    angle in degrees between arrow and mean flow, and the ratio of their lengths, where it truly moves."""
     true = scene.truth["arrow"]
     first = true["segmentation"][0]
     points, owner = carry_seen(made["flow"], made.get("segmentation"), first)
@@ -351,28 +370,33 @@ def object_motion(made: Maps, scene: Scene) -> dict[str, Sums]:
     truly = moved_ids(true_points, owner)
     figures = {"moved": two_classes(moved_ids(points, owner), truly, scene.objects)}
     if scene.pushed in scene.objects:
-        arrow = displacement(true_points, owner, scene.pushed)
-        way = displacement(points, owner, scene.pushed)
-        cosine = (way @ arrow / (way.norm() * arrow.norm()).clamp(min=1e-6)).clamp(-1, 1)
-        figures["control_angle"] = mean_of(math.degrees(math.acos(cosine)))
-        figures["control_length"] = mean_of((way.norm() / arrow.norm().clamp(min=1e-6)).item())
+        (ax, ay), (x, y) = (displacement(p, owner, scene.pushed).double().tolist() for p in (true_points, points))
+        if math.hypot(ax, ay) > MOVING:
+            # One that does not move has no direction: 90 degrees, as far from the arrow as from its opposite.
+            turn = math.atan2(abs(ax * y - ay * x), ax * x + ay * y) if x or y else math.pi / 2
+            figures["control_angle"] = mean_of(math.degrees(turn))
+            figures["control_length"] = mean_of(math.hypot(x, y) / math.hypot(ax, ay))
     return figures
 
 
 def fallen_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
     """Which objects lie in the end, against the simulator: single objects (balanced accuracy), whole clips, and whole
-    clips in which a wide gap stops the chain; by frame-0 ids carried along the flow, and by the generated ids."""
-    first, meta, objects, said = scene.truth["arrow"]["segmentation"][0], scene.meta["arrow"], scene.objects, {}
+    clips in which a wide gap stops the chain; by frame-0 ids carried along the flow, and by the generated ids. Of those
+    objects of which the measure can tell it (`tellable`)."""
+    true, meta, said = scene.truth["arrow"], scene.meta["arrow"], {}
+    first = true["segmentation"][0]
     if "flow" in made:
-        said["carried"] = fallen_points(*carry(made["flow"], first))
+        said["carried"] = [fallen_points(*carry(maps["flow"], first)) for maps in (made, true)]
     if "segmentation" in made:
-        said["ids"] = fallen_ids(first, made["segmentation"][-1])
-    figures, fallen = {}, set(meta["fallen"]) & set(objects)
-    for name, ids in said.items():
-        figures[f"fallen_{name}"] = two_classes(ids, fallen, objects)
-        figures[f"all_right_{name}"] = mean_of(ids == fallen)
+        said["ids"] = [fallen_ids(first, maps["segmentation"][-1]) for maps in (made, true)]
+    figures, fallen = {}, set(meta["fallen"])
+    for name, (ids, known) in said.items():
+        among = tellable(known, fallen, scene.objects)
+        right = mean_of(ids & among == fallen & among) if among else (0.0, 0.0)
+        figures[f"fallen_{name}"] = two_classes(ids, fallen, among)
+        figures[f"all_right_{name}"] = right
         if meta.get("wide_gap") and scene.pushed:
-            figures[f"gap_{name}"] = mean_of(ids == fallen)
+            figures[f"gap_{name}"] = right
     return figures
 
 
@@ -380,34 +404,48 @@ def other_pushes(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     """Opposite, harder and no push ("none") in the same scene, by carried points; each against its own simulation.
 
     both_ways: the pushed object goes at least a quarter of its true way along the true direction, for the push and
-    for its opposite. both_all_right: for both, exactly those that should have fallen have. standing: when all are told
-    to stay, objects that do not fall. quiet: mean |O| then over mean |O| with the arrow. sooner: with the harder push,
-    half of all motion is done earlier than with the given one. All but both_ways are of dominoes alone. A model that
-    cannot be told to stay makes no "none" and has neither standing nor quiet."""
+    for its opposite. both_all_right: for both, exactly those that should have fallen have (of the `tellable`).
+    standing: when all are told to stay, objects that do not fall. quiet: mean |O| then over mean |O| with the arrow.
+    sooner: with the harder push, half of all motion is done earlier than with the given one, where that is true. All
+    but both_ways are of dominoes alone. A model that cannot be told to stay makes no "none" and has neither standing
+    nor quiet."""
     first, flows = scene.truth["arrow"]["segmentation"][0], {name: maps["flow"] for name, maps in made.items()}
     carried = {name: carry(flow, first) for name, flow in flows.items()}
-    figures, count, pushed = {}, len(scene.objects), scene.pushed in scene.objects
+    true = {name: carry(scene.truth[name]["flow"], first) for name in ("arrow", "opposite")}
+    figures, pushed = {}, scene.pushed in scene.objects
     if scene.rows and "none" in made:
-        figures["standing"] = (count - len(fallen_points(*carried["none"])), count)
+        upright = set(scene.objects) - fallen_points(*carry(scene.truth["none"]["flow"], first))
+        figures["standing"] = (len(upright - fallen_points(*carried["none"])), len(upright))
     if pushed:
-        ways, right = [], []
-        for name in ("arrow", "opposite"):
-            true = displacement(*carry(scene.truth[name]["flow"], first), scene.pushed)
-            ways.append(right_way(displacement(*carried[name], scene.pushed), true))
-            right.append(fallen_points(*carried[name]) == set(scene.meta[name]["fallen"]) & set(scene.objects))
-        figures["both_ways"] = mean_of(all(ways))
+        ways = [displacement(*points[name], scene.pushed) for name in true for points in (carried, true)]
+        figures["both_ways"] = mean_of(right_way(*ways[:2]) and right_way(*ways[2:]))
     if pushed and scene.rows:
+        right = [rights(carried[name], true[name], set(scene.meta[name]["fallen"])) for name in true]
         figures["both_all_right"] = mean_of(all(right))
         if "none" in made:
             figures["quiet"] = tuple(flows[name].norm(dim=1).mean().item() for name in ("none", "arrow"))
-        times = [half_time(flows[name]) for name in ("stronger", "arrow")]
-        figures["sooner"] = mean_of(times[0] < times[1])  # NaN, no motion, is not sooner
+        if sooner({name: scene.truth[name]["flow"] for name in flows}):
+            figures["sooner"] = mean_of(sooner(flows))
     return figures
+
+
+def rights(carried: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor], fallen: set[int]) -> bool:
+    """Whether exactly those have fallen that should, by points that were carried; of those of which the true points
+    tell it."""
+    among = tellable(fallen_points(*true), fallen, true[1].unique().tolist())
+    return fallen_points(*carried) & among == fallen & among
+
+
+def sooner(flows: dict[str, Tensor]) -> bool:
+    """Whether half of all motion is done earlier with the harder push. NaN, no motion, is not sooner."""
+    return half_time(flows["stronger"]) < half_time(flows["arrow"])
 
 
 def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     """Everything that the demo model is judged by. made: maps by push; "rgb" of "arrow" is painted from true motion,
-    "rgb_own" from the source's own, whose ids are "told" (None: without ids)."""
+    "rgb_own" from the source's own, whose ids are "told" (None: without ids). painted_ids: mIoU of its ids by colour
+    with these, over the pixels at which the true video, by colour, shows the true ids: not where a shadow, an edge or
+    two things of one colour mislead."""
     arrow, true = made["arrow"], scene.truth["arrow"]
     figures, first = fallen_figures(arrow, scene) if scene.rows else {}, true["segmentation"][0]
     if "segmentation" in arrow and scene.has_ids:
@@ -422,6 +460,6 @@ def demo_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
         figures |= {"psnr": mean_of(psnr(arrow["rgb"], true["rgb"]))} if "rgb" in arrow else {}
         figures["psnr_own"] = mean_of(psnr(arrow["rgb_own"], true["rgb"]))
     if arrow["told"] is not None and scene.objects:
-        seen = ids_by_color(arrow["rgb_own"], first)
-        figures["painted_ids"] = mean_of(mean_iou(seen, arrow["told"], background=True))
+        seen, sure = ids_by_color(arrow["rgb_own"], first), scene.told_by_color
+        figures["painted_ids"] = mean_of(mean_iou(seen[sure], arrow["told"][sure], background=True))
     return figures

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from clips import Clip
 from instance_flow import instance_flow
 from metrics import PUSH_TRUTH, Scene, frozen
 
 STRONGER = 1.6  # how much harder the harder push is
+SAME_PLACE = 0.05  # metres: what is redrawn lets a tower settle otherwise, by millimetres
 
 
 def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene:
@@ -85,7 +88,8 @@ def wishes(meta: dict) -> dict:
 
 
 def again(scene: Scene, kind: str, push: dict, cache: Path) -> Path:
-    """The clip file of the same scene with another push, simulated where the cache has none."""
+    """The clip file of the same scene with another push, simulated where the cache has none. Raises ValueError when
+    that scene begins otherwise: the clip is of another version of the simulator, whose worlds were others."""
     meta, (_, _, height, width) = scene.meta["arrow"], scene.truth["arrow"]["flow"].shape
     frames = len(meta["poses"]) - 1
     path = cache / f"{kind}-{width}x{height}x{frames}" / scene.path.name
@@ -93,5 +97,10 @@ def again(scene: Scene, kind: str, push: dict, cache: Path) -> Path:
         from clips.simulate import simulate  # needs mujoco, which nothing else here does
 
         still = meta.get("still", False)  # such a scene has no other push, but it has a twin
-        simulate(meta["scenario"], meta["seed"], frames, (width, height), push, still).save(path)
+        other = simulate(meta["scenario"], meta["seed"], frames, (width, height), push, still)
+        if np.shape(other.meta["poses"]) != np.shape(meta["poses"]) or not np.allclose(
+            other.meta["poses"][0], meta["poses"][0], atol=SAME_PLACE
+        ):
+            raise ValueError(f"{scene.path}: is of another version of clips.simulate: simulate it anew")
+        other.save(path)
     return path

@@ -152,7 +152,7 @@ def table_text(
     lines = [line(["method", "paper: FVD ↓", "paper: FVMD ↓", *head]), "|---" * (len(names) + 3) + "|"]
     for row, (label, fvd, fvmd) in TABLES[number].items():
         lines.append(line([label, str(fvd), str(fvmd), *(cell(means[row].get(n)) for n in names)]))
-    for source in ("still", "codec", "twin", "truth"):
+    for source in (source for source in ("still", "codec", "twin", "truth", "half") if source in beside):
         lines.append(line([COLUMNS[source], "", "", *(cell(beside[source].get(n)) for n in names)]))
     labels = {row: label for row, (label, *_) in TABLES[number].items()}
     lines += ["", line([f"difference from {labels[OURS]}", *head]), "|---" * (len(names) + 1) + "|"]
