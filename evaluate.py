@@ -3,8 +3,9 @@ that any other model made of the same clips.
 
     python evaluate.py --model demo --data data/val                                   # the figures of the demo model
     python evaluate.py --model demo --data data/val --metrics physics,fvd,fvmd,demo --clips 50 --json figures.json
-    python evaluate.py --table 1 --data data/train --val data/val --steps 10000       # trains what is missing
-    python evaluate.py --table 2 --data data/drive --val data/val --init SVD --dry-run    # how to, at the paper's scale
+    python evaluate.py --table 1 --data data/train --val data/val --runs runs/table   # trains what is missing
+    python evaluate.py --table 2 --data DRIVES --val data/val --runs runs/svd --init SVD --dry-run    # at paper's scale
+    python evaluate.py --leave-out drop --data data/train --val data/val --runs runs/unseen    # a world never seen
     python evaluate.py --export-prompts prompts --data data/val                       # what another model is told
     python evaluate.py --videos a=out/a b=out/b --data data/val                       # what it made of that
 
@@ -51,23 +52,11 @@ from clips import Clip, ClipDataset
 from metrics import Features, Maps, Row, Scene, Sums, extractors_of, frozen, markdown
 from motion_dreamer import StageConfig
 from show import written_whole
+from training import tables
 from training.prompts import export_prompts
 from training.sampler import PUSHES, Model, Sampler
-from training.scenes import STRONGER, add_other_pushes, add_twin, truth_of
-from training.tables import TABLES, UNTOLD, commands_of, table_text, train_row
-
-
-def exact_features(scene: Scene) -> Tensor:
-    """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
-    from clips.simulate import tracks  # needs mujoco, which nothing else here does
-
-    if not scene.meta["arrow"].keys() >= metrics.HIT_TRUTH:
-        raise ValueError(f"{scene.path}: is not from clips.simulate, whose exact tracks --trackers exact needs")
-    clip = Clip.load(scene.path, 0, metrics.WINDOW)
-    return metrics.tracked_features(
-        lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
-    )[:1]
-
+from training.scenes import STRONGER, add_other_pushes, add_twin, exact_features, truth_of, twin_of
+from training.tables import TABLES, arguments_of, table_text, train_row
 
 # -------------------------------------------------------------------------------------------------------- measuring
 
@@ -92,15 +81,6 @@ def views_of(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], alo
             views["arrow"] = views["arrow"] | {"rgb_own": views["arrow"]["rgb"]} | ids
     twins = [twin_of(scene) for scene in scenes]
     return {"model": model, "truth": truth, "still": still, "codec": codec, "twin": twins}
-
-
-def twin_of(scene: Scene) -> Views:
-    """Its video is its own: nobody tells it the true motion."""
-    if "twin" not in scene.truth:
-        return {}
-    twin = dict(scene.truth["twin"])
-    other = {"opposite": scene.truth["twin_opposite"]} if "twin_opposite" in scene.truth else {}
-    return {"arrow": twin | {"rgb_own": twin.pop("rgb"), "told": twin["segmentation"]}} | other
 
 
 def generated(scenes: list[Scene], sampler: Sampler, pushes: tuple[str, ...], seed: int) -> list[Views]:
@@ -263,25 +243,29 @@ def table(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Our rows beside the paper's: Markdown, and the figures of every row, by seed. With --init instead, the commands
     that train them from SVD's weights."""
     if arguments.init:
-        return commands_of(arguments), {}
-    arguments.metrics, held_out = ["fvd", "fvmd", "physics"], ClipDataset(arguments.val)
-    metrics.check_sets(arguments.metrics, min(len(held_out), arguments.clips), held_out.frames, arguments.val)
+        return tables.commands_of(arguments), {}
+    held_out = ClipDataset(arguments.val)
+    unseen = (arguments.leave_out, arguments.data, arguments.val)
+    count = len(tables.leave_out(*unseen)["only"] if arguments.leave_out else held_out)
+    metrics.check_sets(arguments.metrics, min(count, arguments.clips), held_out.frames, arguments.val)
+    if arguments.leave_out:
+        tables.link_clips(*unseen, arguments.runs)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     shared: list[dict] = [{} for _ in seeds]
-    results: dict[str, list[dict]] = {row: [] for row in TABLES[arguments.table]}
+    results: dict[str, list[dict]] = {row: [] for row in tables.rows_of(arguments)}
     for row, several in results.items():
-        how = {"told": "nothing"} if row.endswith(UNTOLD) else {}
         for seed, known in zip(seeds, shared, strict=True):
-            some = argparse.Namespace(**vars(arguments) | {"seed": seed} | how)
-            several.append(evaluate(some, train_row(row.removesuffix(UNTOLD), some), known))
+            some = arguments_of(row, seed, arguments)
+            several.append(evaluate(some, train_row(tables.model_of(row), some), known))
     rows = {row: sum((found["row"] for found in several[1:]), several[0]["row"]) for row, several in results.items()}
-    ours = {row: metrics.differences(rows[row], rows["motion_dreamer"]) for row in rows if row != "motion_dreamer"}
+    first = tables.reference(arguments)
+    found = {row: metrics.differences(rows[row], rows[first]) for row in rows if row != first}
     some = next(iter(results.values()))[0]
     means = {row: metrics.average(rows[row]) for row in rows}
     trained = f"{arguments.minutes:g} minutes" if arguments.minutes else f"{arguments.steps} steps"
     told = f"Ours: preset {arguments.preset}, {trained} a stage, {arguments.seeds} seeds; {footnote(some['settings'])}"
-    text = table_text(arguments.table, means, ours, some["figures"], told)
-    return text, {"rows": results, "means": means, "differences": ours}
+    text = table_text(arguments, means, found, some["figures"], told)
+    return text, {"rows": results, "means": means, "differences": found}
 
 
 def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
@@ -322,7 +306,7 @@ def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-USUAL = {"clips": 200, "sampling_steps": 10}
+USUAL = {"clips": 200, "sampling_steps": 10, "steps": 3000, "trackers": "lk,flow", "pips": "pips2_weights.pth"}
 QUICK = {"clips": 8, "sampling_steps": 4}  # a first look: a minute
 
 
@@ -332,13 +316,15 @@ def parse_arguments() -> argparse.Namespace:
     what("--model", metavar="DIR", help="model folder")
     what("--table", type=int, choices=list(TABLES), help="train and compare the rows of a table instead")
     rules = "videos of these clips that any model made, by the clips' names; rules: metrics/videos.py"
+    alone = "train on the other scenarios, measure on this one, beside a model that knew it"
+    what("--leave-out", metavar="SCENARIO", help=alone)
     what("--videos", nargs="+", metavar="[NAME=]DIR", help=f"a row a folder: {rules}")
     what("--export-prompts", metavar="DIR", help="write what a model is told of each clip: see training/prompts.py")
-    what("--data", required=True, metavar="DIR", help="held-out clips; with --table, clips to train on")
-    what("--val", metavar="DIR", help="held-out clips for --table")
-    usual = "default physics,demo; with --quick physics, of videos physics,fvd,fvmd"
+    what("--data", required=True, metavar="DIR", help="held-out clips; with --table and --leave-out, to train on")
+    what("--val", metavar="DIR", help="held-out clips for --table and --leave-out")
+    usual = "default physics,demo; with --quick physics; of videos physics,fvd,fvmd"
     what("--metrics", help=f"some of physics,fvd,fvmd,demo ({usual})")
-    what("--clips", type=int, help="at most (default 200; with --quick 8)")
+    what("--clips", type=int, help=f"at most (default {USUAL['clips']}; with --quick {QUICK['clips']})")
     what(
         "--frames",
         type=int,
@@ -351,11 +337,9 @@ def parse_arguments() -> argparse.Namespace:
     told = "one arrow, of a drive the camera's motion and each car's first step; or nothing (supplement, section 9)"
     what("--told", choices=("arrow", "nothing"), default="arrow", help=f"of motion: {told} (default %(default)s)")
     what("--i3d", metavar="FILE_OR_REPO", help="i3d_torchscript.pt or a hub id that has it: adds FVD")
-    some = "some of lk,flow,pips,exact (exact checks the others; default %(default)s)"
-    what("--trackers", default="lk,flow", help=f"of FVMD: {some}")
-    what(
-        "--pips", metavar="FILE", default="pips2_weights.pth", help="weights of the tracker pips (default %(default)s)"
-    )
+    some = f"some of lk,flow,pips,exact (exact checks the others; default {USUAL['trackers']})"
+    what("--trackers", help=f"of FVMD: {some}")
+    what("--pips", metavar="FILE", help=f"weights of the tracker pips (default {USUAL['pips']})")
     how = parser.add_argument_group("how").add_argument
     how("--quick", action="store_true", help="a first look: 8 clips, 4 sampling steps, --metrics physics")
     how("--sampling-steps", type=int, help="of each stage (default 10; with --quick 4)")
@@ -366,8 +350,8 @@ def parse_arguments() -> argparse.Namespace:
     how("--cache", metavar="DIR", help="where samples are kept; default: in the data folder")
     how("--json", metavar="FILE", help="where figures and settings are written, too")
     how("--quiet", action="store_true", help="no progress bar")
-    rows = parser.add_argument_group("training of --table").add_argument
-    rows("--steps", type=int, default=3000, help="of training, for each stage (default %(default)s)")
+    rows = parser.add_argument_group("training of --table and --leave-out").add_argument
+    rows("--steps", type=int, help=f"of training, for each stage (default {USUAL['steps']})")
     rows("--minutes", type=float, help="of training, for each stage, instead of --steps")
     rows("--seeds", type=int, help="trainings of each row, from --seed on (default: 3 with a GPU, else 1)")
     rows("--train-batch", type=int, default=8, help="clips a step (default %(default)s)")
@@ -377,13 +361,53 @@ def parse_arguments() -> argparse.Namespace:
     rows("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of (Small)StageConfig, in all rows")
     rows("--init", metavar="SVD", help="with --dry-run: rows that start from SVD's weights")
     rows("--dry-run", action="store_true", help="print the commands that train and measure the rows, data and hours")
-    rows("--runs", default="runs/table", metavar="DIR", help="where its models are kept (default %(default)s)")
-    return parser.parse_args()
+    rows("--runs", metavar="DIR", help="where its models are kept, and found again")
+    arguments = parser.parse_args()
+    check_flags(arguments, parser)
+    return arguments
+
+
+SAMPLED = "clips samples marked told i3d trackers pips quick sampling_steps guidance batch seed cache json"
+TRAINED = "val runs steps minutes seeds train_batch preset precision codec set init dry_run"
+TAKES = {  # which flags each task has a use for; all take --data and --quiet
+    "model": f"{SAMPLED} metrics",
+    "table": f"{SAMPLED} {TRAINED}",
+    "leave_out": f"{SAMPLED} {TRAINED}",
+    "videos": "clips frames metrics stretch i3d trackers pips quick json",
+    "export_prompts": "clips frames quick",
+    "dry_run": "table leave_out val runs steps set seed init frames",
+}
+
+
+def check_flags(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises ValueError unless one task is asked for, and for a flag that it would ignore."""
+
+    def flag(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    tasks = [name for name in TAKES if name != "dry_run"]
+    asked = [name for name in tasks if getattr(arguments, name)]
+    if len(asked) != 1:
+        told = ", ".join(map(flag, asked)) or "nothing"
+        raise ValueError(f"expected one of {', '.join(map(flag, tasks))}, got {told}")
+    if (arguments.table or arguments.leave_out) and not (arguments.val and arguments.runs):
+        wants = "--val, clips that were not trained on, and --runs, where its models are kept"
+        raise ValueError(f"{flag(asked[0])} needs {wants}")
+    if bool(arguments.init) != arguments.dry_run:
+        raise ValueError(
+            "--init SVD and --dry-run: of --table and --leave-out, together: prints commands, you run them"
+        )
+    task = "dry_run" if arguments.dry_run else asked[0]
+    for name, value in vars(arguments).items():
+        if value != parser.get_default(name) and name not in ("data", "quiet", task, *TAKES[task].split()):
+            takers = ", ".join(flag(taker) for taker in TAKES if name in TAKES[taker].split())
+            raise ValueError(f"{flag(name)}: of {takers}; with {flag(task)} it would be ignored")
 
 
 def fill_in(arguments: argparse.Namespace) -> None:
     """Defaults that depend on what is asked. Raises ValueError for what makes no sense."""
-    usual = "physics,fvd,fvmd" if arguments.videos else "physics" if arguments.quick else "physics,demo"
+    compared, given = not (arguments.model or arguments.export_prompts), vars(arguments).copy()
+    usual = "physics,fvd,fvmd" if compared else "physics" if arguments.quick else "physics,demo"
     defaults = USUAL | (QUICK if arguments.quick else {}) | {"metrics": usual}
     for name, value in (defaults | {"seeds": 3 if torch.cuda.is_available() else 1}).items():
         if getattr(arguments, name) is None:
@@ -392,19 +416,19 @@ def fill_in(arguments: argparse.Namespace) -> None:
         setattr(arguments, name, getattr(arguments, name).split(","))
         if unknown := set(getattr(arguments, name)) - set(known.split(",")):
             raise ValueError(f"--{name} {','.join(sorted(unknown))}: expected some of {known}")
+    wanted = {"i3d": ("metrics", "fvd"), "trackers": ("metrics", "fvmd"), "pips": ("trackers", "pips")}
+    for name, (other, choice) in wanted.items():
+        if given[name] and choice not in getattr(arguments, other):
+            raise ValueError(f"--{name}: of --{other} {choice}, without which it would be ignored")
+    if given["steps"] and arguments.minutes:
+        raise ValueError(f"--steps {arguments.steps}: with --minutes it would be ignored")
+    if arguments.table == 2 and arguments.told != "arrow":
+        raise ValueError(f"--told {arguments.told}: --table 2 has rows of both")
     for name in ("clips", "frames", "samples", "sampling_steps", "batch", "train_batch", "steps", "seeds"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 at least")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ValueError(f"--minutes {arguments.minutes:g}: expected a number above 0")
-    asked = [name for name in ("model", "table", "videos", "export_prompts") if getattr(arguments, name)]
-    if len(asked) != 1:
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in asked) or "nothing"
-        raise ValueError(f"expected one of --model, --table, --videos and --export-prompts, got {told}")
-    if arguments.table and not arguments.val:
-        raise ValueError("--table needs --val, clips that were not trained on")
-    if bool(arguments.init) != arguments.dry_run or (arguments.dry_run and not arguments.table):
-        raise ValueError("--init SVD and --dry-run: of --table, and together: it prints the commands, you run them")
     if arguments.videos and "demo" in arguments.metrics:
         raise ValueError("--metrics demo: asks what other pushes do, which --videos do not show: physics, fvd or fvmd")
     if arguments.json and not Path(arguments.json).parent.is_dir():
@@ -417,7 +441,7 @@ def run(arguments: argparse.Namespace) -> None:
         text, result = export_prompts(arguments.data, arguments.export_prompts, arguments.clips, arguments.frames), {}
     elif arguments.videos:
         text, result = evaluate_videos(arguments)
-    elif arguments.table:
+    elif arguments.table or arguments.leave_out:
         text, result = table(arguments)
     else:
         arguments.val = arguments.data

@@ -406,7 +406,7 @@ def test_all_metrics_of_a_model_folder(folders, monkeypatch, capsys, tmp_path):
     assert result["figures"]["truth"]["all_right_ids"]["clips"] == 2
     for name in ("FVMD (Lucas-Kanade) ↓", "rfvd_mot (not FVD) ↓"):
         assert result["figures"]["truth"][name]["value"] == pytest.approx(0, abs=1e-6)
-        assert result["figures"]["half"][name]["clips"] == 2  # of one clip each, too few for a value
+        assert name in result["figures"]["half"]
     demo = {"psnr", "psnr_own", "painted_ids", "both_ways", "hit", "fallen_carried"}
     stay = {"quiet", "standing"}  # this model cannot be told to stay
     for source in ("model", "still", "codec", "truth"):
@@ -784,8 +784,8 @@ def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
         return [{"hit": (float(far), 1.0)}] * 9
 
     stand_in(monkeypatch, tmp_path, evaluated)
-    told = ["--table", 1, "--data", "d", "--val", "v", "--seeds", 3, "--seed", 4, "--json", tmp_path / "t.json"]
-    run(monkeypatch, *told, "--minutes", 0.5)
+    told = ["--table", 1, "--data", "d", "--val", "v", "--runs", "r", "--seeds", 3, "--seed", 4]
+    run(monkeypatch, *told, "--json", tmp_path / "t.json", "--minutes", 0.5)
     assert asked == [(row, seed) for row in ("one_stage", "sparse_flow", "motion_dreamer") for seed in (4, 5, 6)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| One-stage* | 173.0 | 224.3 | 15.0 [14.0, 16.0]")
@@ -802,7 +802,7 @@ def test_table_2_measures_the_same_models_told_and_told_nothing(monkeypatch, cap
         return [{"hit": (1.0 + (arguments.told == "arrow"), 1.0)}] * 9
 
     stand_in(monkeypatch, tmp_path, evaluated)
-    run(monkeypatch, "--table", 2, "--data", "d", "--val", "v", "--seeds", 1)
+    run(monkeypatch, "--table", 2, "--data", "d", "--val", "v", "--runs", "r", "--seeds", 1)
     rows = ("one_stage", "sparse_flow", "motion_dreamer")
     assert asked == [(row, told) for told in ("arrow", "nothing") for row in rows]
     lines = capsys.readouterr().out.splitlines()
@@ -825,21 +825,27 @@ def test_told_nothing_is_no_arrow_and_no_camera(tmp_path, told):
         assert not (given.F.any() or given.mask.any() or condition.camera.any())
 
 
+PAPERS = ["--data", "d", "--val", "v", "--init", "xt", "--dry-run", "--steps", 7200, "--runs", "runs/table"]
+
+
+def trainings(monkeypatch, lines):
+    """What train.py reads of its commands."""
+    import train
+
+    for line in (line for line in lines if "train.py" in line):
+        monkeypatch.setattr(sys, "argv", ["train.py", *line.split("train.py ")[1].split()])
+        found = train.parse_arguments()
+        assert (found.frames, found.init, found.batch, found.steps) == (25, "xt", 1, 7200)
+        yield found
+
+
 @pytest.mark.parametrize("number", tables.TABLES)
 def test_commands_at_the_papers_scale(monkeypatch, capsys, number):
     """Every command is one that its script reads; rows that share a stage share its training; and nothing is made."""
-    import train
-
-    told = ["--table", number, "--data", "d", "--val", "v", "--init", "xt", "--dry-run", "--steps", 7200]
+    told = ["--table", number, *PAPERS]
     run(monkeypatch, *told)
     lines = capsys.readouterr().out.splitlines()
-    trained = [line.split("train.py ")[1].split() for line in lines if "train.py" in line]
-    stages = []
-    for words in trained:
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        found = train.parse_arguments()
-        assert (found.frames, found.init, found.batch, found.steps) == (25, "xt", 1, 7200)
-        stages.append((Path(found.out).name, found.stage))
+    stages = [(Path(found.out).name, found.stage) for found in trainings(monkeypatch, lines)]
     names = [row for row in tables.TABLES[number] if not row.endswith(" untold")]
     assert len(set(stages)) == len(stages) and {name for name, _ in stages} == set(names)
     copied = [line for line in lines if line.startswith("cp ")]
@@ -852,6 +858,143 @@ def test_commands_at_the_papers_scale(monkeypatch, capsys, number):
     with pytest.raises(SystemExit):
         run(monkeypatch, *told, "--frames", 14)
     assert "--frames 14: FVMD needs 16; SVD's 14 do not suffice" in capsys.readouterr().err
+
+
+def test_commands_of_an_unseen_world(worlds, monkeypatch, capsys, tmp_path):
+    """They are those of the rows, on folders of links that the first of them makes."""
+    monkeypatch.chdir(tmp_path)
+    told = [*PAPERS, "--data", worlds / "data", "--val", worlds / "val", "--runs", "r"]
+    run(monkeypatch, "--leave-out", "drop", *told)
+    lines = capsys.readouterr().out.splitlines()
+    assert not list(tmp_path.iterdir())
+    found = list(trainings(monkeypatch, lines))
+    rows = [
+        (f"r/{row}_drop/clips", f"r/{row}_drop/motion_dreamer", stage) for row in ("with", "without") for stage in "12"
+    ]
+    assert [(each.data, each.out, each.stage) for each in found] == rows
+    assert {each.val for each in found} == {"r/only_drop/clips"}
+    assert [line.split(" --metrics")[0] for line in lines if "evaluate.py" in line] == [
+        f"python evaluate.py --model r/{row}_drop/motion_dreamer --data r/only_drop/clips"
+        for row in ("with", "without")
+    ]
+    assert "4 trainings of 7200 steps" in lines[-1] and "meta names scenarios" in lines[-2]
+    (made,) = (line for line in lines if line.startswith("python -c"))
+    exec(made.split('"')[1])
+    assert not any(name.startswith("drop") for name in names_in(tmp_path / "r" / "without_drop" / "clips"))
+
+
+# ------------------------------------------------------------------------------------------------------ unseen worlds
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """Clips of three scenarios to learn from, and of two to measure by; which one a clip is of, its meta says."""
+    root = tmp_path_factory.mktemp("worlds")
+    for folder, counts in (("data", {"roll": 6, "drop": 4, "tower": 2}), ("val", {"drop": 2, "roll": 1})):
+        for k, name in enumerate(name for name, count in counts.items() for _ in range(count)):
+            clip = moving_squares(k, 16, 16, 32)
+            replace(clip, meta={"scenario": name}).save(root / folder / f"{name}{k}.safetensors")
+    return root
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_who_learns_from_which_clips(worlds, tmp_path):
+    """As many clips for both; of the one that knows, all scenarios in their proportion."""
+    told = ("drop", str(worlds / "data"), str(worlds / "val"))
+    tables.link_clips(*told, str(tmp_path / "r"))
+    found = {row: names_in(tmp_path / "r" / f"{row}_drop" / "clips") for row in ("with", "without", "only")}
+    count = {
+        row: [sum(n.startswith(s) for n in names) for s in ("roll", "drop", "tower")] for row, names in found.items()
+    }
+    assert count["without"] == [6, 0, 2] and count["only"] == [0, 2, 0]
+    assert sum(count["with"]) == 8 and count["with"] == pytest.approx([4, 2.7, 1.3], abs=1)
+    for row, source in (("with", "data"), ("without", "data"), ("only", "val")):
+        folder = tmp_path / "r" / f"{row}_drop" / "clips"
+        assert (folder / ".cache").resolve() == worlds / source / ".cache"  # latents and samples are made once
+        assert all((folder / name).resolve() == worlds / source / name for name in found[row])
+    tables.link_clips(*told, str(tmp_path / "r"))  # again: they are there
+    (tmp_path / "r" / "without_drop" / "clips" / found["without"][0]).unlink()
+    with pytest.raises(ValueError, match="without_drop/clips: was made of other clips .* take another --runs"):
+        tables.link_clips(*told, str(tmp_path / "r"))
+
+
+def test_a_world_of_one_clip_is_known(tmp_path):
+    for k, name in enumerate(["tower"] + 5 * ["roll"]):
+        replace(moving_squares(k, 2, 16, 32), meta={"scenario": name}).save(tmp_path / f"{k}.safetensors")
+    assert tmp_path / "0.safetensors" in tables.leave_out("tower", str(tmp_path), str(tmp_path))["with"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--leave-out", "dropp"], "no clip of {data} is of that scenario; there are: drop (4), roll (6), tower (2)"),
+        (["--leave-out", "tower"], "no clip of {val} is of that scenario; there are: drop (2), roll (1)"),
+        (["--leave-out", "drop", "--data", "{drops}"], "all clips of {drops} are of that scenario"),
+        (["--leave-out", "drop"], "measured are 2 clips, a Frechet distance (--metrics fvd,fvmd) needs 8 at least"),
+        (["--leave-out", "drop", "--table", "1"], "got --table, --leave-out"),
+    ],
+)
+def test_what_cannot_be_left_out(worlds, monkeypatch, capsys, tmp_path, change, message):
+    (tmp_path / "drops").mkdir()
+    for path in worlds.glob("data/drop*"):
+        shutil.copy(path, tmp_path / "drops")
+    places = {"data": worlds / "data", "val": worlds / "val", "drops": tmp_path / "drops"}
+    told = ["--data", worlds / "data", "--val", worlds / "val", "--runs", tmp_path / "runs"]
+    monkeypatch.setattr(tables, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *told, *(text.format(**places) for text in change))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and message.format(**places) in line and not (tmp_path / "runs").exists()
+
+
+def test_an_unseen_world(worlds, folders, monkeypatch, capsys, tmp_path):
+    """Nothing of the second row ever saw it, its VAE neither; all else is the same; killed, it goes on."""
+    learned, codecs = {}, set()
+
+    def train(folder, stage, told, quiet):
+        words = dict(zip(told[::2], told[1::2], strict=False))
+        learned[folder.parent.name, stage] = names_in(Path(words.pop("--data")))
+        rest.setdefault(stage, []).append(words)
+        if stage != "vae":
+            codecs.add((folder / "vae" / "config.json").read_text())
+        for part in ("vae", "image_encoder", *(["stage1", "stage2"] if stage != "vae" else [])):
+            shutil.copytree(folders / "model" / part, folder / part, dirs_exist_ok=True)
+
+    rest = {}
+    monkeypatch.setattr(tables, "train", train)
+    monkeypatch.setattr(metrics.motion, "RESAMPLES", 20)
+    monkeypatch.setattr(frechet, "SET_RESAMPLES", 3)
+    monkeypatch.setattr(frechet, "FEWEST", 2)
+    monkeypatch.setattr(metrics.features, "random_features", lambda video, **_: video.double().flatten()[None, :8])
+    told = ["--leave-out", "drop", "--data", worlds / "data", "--val", worlds / "val", "--runs", tmp_path / "r"]
+    told += ["--trackers", "flow", "--sampling-steps", 1, "--quiet", "--minutes", 0.1, "--cache", tmp_path / "c"]
+    run(monkeypatch, *told, "--json", tmp_path / "t.json")
+    printed = capsys.readouterr().out
+    assert learned.keys() == {("without_drop", "vae")} | {(f"{r}_drop", s) for r in ("with", "without") for s in "12"}
+    for (row, _), names in learned.items():
+        assert any(name.startswith("drop") for name in names) == (row == "with_drop") and len(names) == 8
+    assert all(each == some[0] for some in rest.values() for each in some) and len(codecs) == 1
+    lines = printed.splitlines()
+    assert lines[0].startswith("| method | mask IoU") and "FVMD (chained flow)" in lines[0]
+    assert [line.split(" | ")[0] for line in lines[2:9]] == [
+        "| knew it", "| never saw it", "| nothing moves", "| truth through the VAE", "| twin", "| truth",
+        "| half of the truth and the other",
+    ]  # fmt: skip
+    assert lines[10].startswith("| difference from knew it |") and lines[12].startswith("| never saw it | 0.000 [0.000")
+    assert "2 clips of" in lines[-1] and "Left out: drop. Both rows learn from as many clips" in lines[-1]
+    assert json.loads((tmp_path / "t.json").read_text())["differences"].keys() == {"without"}
+    monkeypatch.setattr(sampler_room, "dream", None)
+    run(monkeypatch, *told)
+    assert capsys.readouterr().out == printed
+    rest.clear()
+    run(monkeypatch, *told, "--codec", folders / "model")
+    assert "vae" not in rest and f"is that of {folders / 'model'}, whatever it saw" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- flags and refusals
 
 
 class HeldOut(list):
@@ -883,6 +1026,45 @@ def test_what_was_measured_for_one_model_serves_the_next(folders, monkeypatch, t
     assert str(alone["model"]) == str(first["model"])
 
 
+FLAGS = {
+    "--val": "v", "--metrics": "physics", "--clips": 3, "--frames": 16, "--stretch": None, "--samples": 2,
+    "--marked": "pushed", "--told": "nothing", "--i3d": "f", "--trackers": "lk", "--pips": "f", "--quick": None,
+    "--sampling-steps": 3, "--guidance": "1 2", "--batch": 3, "--seed": 3, "--cache": "c", "--json": "j", "--steps": 3,
+    "--minutes": 3, "--seeds": 2, "--train-batch": 3, "--preset": "demo", "--precision": "bf16", "--codec": "c",
+    "--set": "a=1", "--runs": "r",
+}  # fmt: skip
+SAMPLES = {"--clips", "--samples", "--marked", "--told", "--i3d", "--trackers", "--pips", "--quick", "--sampling-steps"}
+SAMPLES |= {"--guidance", "--batch", "--seed", "--cache", "--json"}
+SEEN = {"--clips", "--frames", "--metrics", "--stretch", "--i3d", "--trackers", "--pips", "--quick", "--json"}
+TABLE = SAMPLES | {"--val", "--steps", "--minutes", "--seeds", "--train-batch", "--preset", "--precision", "--codec"}
+TABLE |= {"--set", "--runs"}
+
+
+@pytest.mark.parametrize(
+    "task, taken",
+    [
+        (["--model", "m"], SAMPLES | {"--metrics"}),
+        (["--table", 1, "--val", "v", "--runs", "r"], TABLE),
+        (["--leave-out", "drop", "--val", "v", "--runs", "r"], TABLE),
+        (["--videos", "v"], SEEN),
+        (["--export-prompts", "p"], {"--clips", "--frames", "--quick"}),
+        (["--table", 1, *PAPERS], {"--val", "--frames", "--seed", "--steps", "--set", "--runs"}),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(monkeypatch, task, taken):
+    refused = set()
+    for flag, value in FLAGS.items():
+        words = [*task, flag, *([] if value is None else str(value).split())]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--data", "d", "--quiet"])
+        try:
+            evaluate.parse_arguments()
+        except ValueError as error:
+            kind = "dry-run" if "--dry-run" in task else task[0][2:]
+            assert str(error).startswith(f"{flag}: of --") and str(error).endswith(f"with --{kind} it would be ignored")
+            refused.add(flag)
+    assert refused == FLAGS.keys() - taken
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -897,11 +1079,23 @@ def test_what_was_measured_for_one_model_serves_the_next(folders, monkeypatch, t
         (["--trackers", "magic"], "magic"),
         (["--json", "nowhere/e.json"], "nowhere"),
         (["--table", "3"], "--table needs --val"),
-        (["--table", "3", "--val", "{data}"], "3 clips, a Frechet distance (--metrics fvd,fvmd) needs 8"),  # at once
+        (["--table", "3", "--val", "{data}"], "and --runs, where its models are kept"),  # nowhere without being told
+        (
+            ["--table", "3", "--val", "{data}", "--runs", "r"],
+            "3 clips, a Frechet distance (--metrics fvd,fvmd) needs 8",
+        ),  # at once
         (["--metrics", "fvmd,fvd"], "3 clips, a Frechet distance (--metrics fvmd,fvd) needs 8"),
         (["--videos", "x"], "got --model, --videos"),
-        (["--minutes", "0"], "--minutes 0"),
+        (["--table", "3", "--val", "v", "--runs", "r", "--minutes", "0"], "--minutes 0"),
         (["--init", "xt"], "--init SVD and --dry-run"),
+        (["--i3d", "x.pt"], "--i3d: of --metrics fvd, without which it would be ignored"),
+        (["--trackers", "lk"], "--trackers: of --metrics fvmd"),
+        (["--metrics", "fvmd", "--pips", "x.pth"], "--pips: of --trackers pips"),
+        (["--table", "1", "--val", "v", "--runs", "r", "--minutes", "3", "--steps", "9"], "--steps 9: with --minutes"),
+        (
+            ["--table", "2", "--val", "v", "--runs", "r", "--told", "nothing"],
+            "--told nothing: --table 2 has rows of both",
+        ),
     ],
 )
 def test_one_clear_line(folders, monkeypatch, capsys, tmp_path, change, message):

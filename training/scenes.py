@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
+import metrics
 from clips import Clip
 from instance_flow import instance_flow
-from metrics import PUSH_TRUTH, Scene, frozen
+from metrics import PUSH_TRUTH, Maps, Scene, frozen
 
 STRONGER = 1.6  # how much harder the harder push is
 SAME_PLACE = 0.05  # metres: what is redrawn lets a tower settle otherwise, by millimetres
@@ -80,6 +83,15 @@ def add_twin(scene: Scene, cache: Path, device: str, marked: str = "all") -> Non
             scene.truth[name], scene.meta[name] = twin.truth["arrow"], twin.meta["arrow"]
 
 
+def twin_of(scene: Scene) -> dict[str, Maps]:
+    """What the twin shows, by push. Its video is its own: nobody tells it the true motion."""
+    if "twin" not in scene.truth:
+        return {}
+    twin = dict(scene.truth["twin"])
+    other = {"opposite": scene.truth["twin_opposite"]} if "twin_opposite" in scene.truth else {}
+    return {"arrow": twin | {"rgb_own": twin.pop("rgb"), "told": twin["segmentation"]}} | other
+
+
 def wishes(meta: dict) -> dict:
     """The push of `simulate` that makes a clip what it is."""
     if meta.get("still"):
@@ -104,3 +116,15 @@ def again(scene: Scene, kind: str, push: dict, cache: Path) -> Path:
             raise ValueError(f"{scene.path}: is of another version of clips.simulate: simulate it anew")
         other.save(path)
     return path
+
+
+def exact_features(scene: Scene) -> Tensor:
+    """FVMD's features [1, 1024] of the simulator's own tracks in the first window: a perfect tracker of the truth."""
+    from clips.simulate import tracks  # needs mujoco, which nothing else here does
+
+    if not scene.meta["arrow"].keys() >= metrics.HIT_TRUTH:
+        raise ValueError(f"{scene.path}: is not from clips.simulate, whose exact tracks --trackers exact needs")
+    clip = Clip.load(scene.path, 0, metrics.WINDOW)
+    return metrics.tracked_features(
+        lambda video, points: torch.from_numpy(tracks(clip, points.double().numpy())), scene.truth["arrow"]["rgb"].cpu()
+    )[:1]

@@ -1,5 +1,5 @@
-"""The rows of the paper's Tables 1 to 3: the training of a model for each, where all else is the same in all rows, and
-how they are printed beside the paper's.
+"""The rows of the paper's Tables 1 to 3, and of a table of ours (--leave-out): the training of a model for each, where
+all else is the same in all rows, and how they are printed beside the paper's.
 
 folder = train_row("without_depth", arguments)     # the arguments of evaluate.py
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+from clips import Clip, find_clips
 from metrics import COLUMNS, LABELS, WINDOW, cell, change, line
 from motion_dreamer import ABLATIONS, STAGE2
 
@@ -44,25 +47,43 @@ TABLES = {
     },
 }
 
+# By --leave-out: a model that learned from clips of all scenarios, and one that never saw that scenario.
+UNSEEN = {"with": ("knew it",), "without": ("never saw it",)}
+OURS = "motion_dreamer"  # the row that the others are compared with
+
 # Hundreds of steps, not thousands: warm up soon, cool down for long, average over little.
 RECIPE = ["--lr", "8e-4", "--warmup", "30", "--cooldown", "0.6", "--ema", "0.99", "--sample-every", "0"]
+
+
+def rows_of(arguments: argparse.Namespace) -> dict[str, tuple]:
+    """By name: what a row is called, and the paper's FVD and FVMD where it has that row."""
+    return UNSEEN if arguments.leave_out else TABLES[arguments.table]
+
+
+def model_of(row: str) -> str:
+    """The model that a row measures, by the name of its stages (ABLATIONS)."""
+    return OURS if row in UNSEEN else row.removesuffix(UNTOLD)
+
+
+def arguments_of(row: str, seed: int, arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, and what is a row's own: what its model is told, or which clips it learns from. The VAE of both
+    rows of --leave-out never saw the scenario, unless it is that of --codec."""
+    own = {"seed": seed, "told": "nothing"} if row.endswith(UNTOLD) else {"seed": seed}
+    if arguments.leave_out:
+        places = places_of(arguments.leave_out, arguments.runs)
+        parts = {"val": str(places["only"]), "data": str(places["without"]), "runs": str(places["without"].parent)}
+        unseen = argparse.Namespace(**vars(arguments) | own | parts)
+        own |= parts | {"codec": codec_of(unseen), "data": str(places[row]), "runs": str(places[row].parent)}
+    return argparse.Namespace(**vars(arguments) | own)
 
 
 def train_row(row: str, arguments: argparse.Namespace) -> Path:
     """Trains a row's model under --runs unless it is there: the same data, VAE, steps and seed for every row.
 
     A Stage II that is configured as that of the full model is that one: it would train to the same weights."""
-    root = Path(arguments.runs)
-    long = f"{arguments.minutes:g}min" if arguments.minutes else str(arguments.steps)
-    name = f"{arguments.preset}-{long}-{arguments.seed}"
-    base, folder = root / f"{name}-vae", root / f"{name}-{row}"
-    told = ["--preset", arguments.preset, "--data", arguments.data, "--seed", str(arguments.seed)]
-    told += ["--minutes", str(arguments.minutes)] if arguments.minutes else ["--steps", str(arguments.steps)]
-    told += ["--batch", str(arguments.train_batch), *RECIPE]
-    if not arguments.codec:
-        train(base, "vae", [*told, "--frames", "4"], arguments.quiet)
+    codec, folder, told = codec_of(arguments), folder_of(row, arguments), budget(arguments)
     for part in ("vae", "image_encoder"):
-        shutil.copytree(Path(arguments.codec or base) / part, folder / part, dirs_exist_ok=True)
+        shutil.copytree(Path(codec) / part, folder / part, dirs_exist_ok=True)
     told += ["--precision", arguments.precision] if arguments.precision else []
     told += ["--val", arguments.val, "--val-every", str(arguments.steps)]
     told += ["--set", *arguments.set] if arguments.set else []
@@ -75,6 +96,27 @@ def train_row(row: str, arguments: argparse.Namespace) -> Path:
     else:
         train(folder, "2", [*told, "--ablation", row], arguments.quiet)
     return folder
+
+
+def folder_of(row: str, arguments: argparse.Namespace) -> Path:
+    long = f"{arguments.minutes:g}min" if arguments.minutes else str(arguments.steps)
+    return Path(arguments.runs) / f"{arguments.preset}-{long}-{arguments.seed}-{row}"
+
+
+def budget(arguments: argparse.Namespace) -> list[str]:
+    """What every training is told: data, seed and how long."""
+    long = ["--minutes", str(arguments.minutes)] if arguments.minutes else ["--steps", str(arguments.steps)]
+    told = ["--preset", arguments.preset, "--data", arguments.data, "--seed", str(arguments.seed), *long]
+    return [*told, "--batch", str(arguments.train_batch), *RECIPE]
+
+
+def codec_of(arguments: argparse.Namespace) -> str:
+    """The model folder that has VAE and image tower: --codec, or one that is trained unless it is there."""
+    if arguments.codec:
+        return arguments.codec
+    folder = folder_of("vae", arguments)
+    train(folder, "vae", [*budget(arguments), "--frames", "4"], arguments.quiet)
+    return str(folder)
 
 
 def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
@@ -93,73 +135,169 @@ def train(folder: Path, stage: str, told: list[str], quiet: bool) -> None:
     finished.write_text(json.dumps(told))
 
 
+# ------------------------------------------------------------------------------------------------------ unseen worlds
+
+
+def places_of(scenario: str, runs: str) -> dict[str, Path]:
+    """By row, and as "only", where the links to clips are; the row's models lie beside them."""
+    return {row: Path(runs) / f"{row}_{scenario}" / "clips" for row in (*UNSEEN, "only")}
+
+
+def leave_out(scenario: str, data: str, val: str) -> dict[str, list[Path]]:
+    """The clips to learn from: "without", all of `data` but those of a scenario, and "with", as many, of all scenarios
+    in their proportion; and "only", those of `val` by which both are measured. A clip's meta says its scenario.
+
+    Raises ValueError where one of these would hold no clip."""
+    found = {folder: {path: scenario_of(path) for path in find_clips(folder)} for folder in (data, val)}
+    for folder, clips in found.items():
+        if scenario not in clips.values():
+            there = ", ".join(f"{name} ({count})" for name, count in sorted(Counter(clips.values()).items()))
+            raise ValueError(f"--leave-out {scenario}: no clip of {folder} is of that scenario; there are: {there}")
+    without = [path for path, name in found[data].items() if name != scenario]
+    if not without:
+        raise ValueError(
+            f"--leave-out {scenario}: all clips of {data} are of that scenario, none is left to learn from"
+        )
+    in_turn = sorted(found[data], key=lambda path: (found[data][path] != scenario, found[data][path], path))
+    some = [in_turn[k * len(in_turn) // len(without)] for k in range(len(without))]
+    return {"with": some, "without": without, "only": [path for path, n in found[val].items() if n == scenario]}
+
+
+def scenario_of(path: Path) -> str:
+    return str(Clip.load(path, 0, 1).meta.get("scenario", "unnamed"))
+
+
+def link_clips(scenario: str, data: str, val: str, runs: str) -> None:
+    """Folders of links to the clips that `leave_out` picks, and to what is cached beside them. Raises ValueError when a
+    former run has left links to others there."""
+    picked = leave_out(scenario, data, val)
+    for name, folder in places_of(scenario, runs).items():
+        wanted = {path.name: path.resolve() for path in picked[name]}
+        cache = Path(val if name == "only" else data).resolve() / ".cache"
+        if folder.exists():
+            if {path.name: path.resolve() for path in folder.glob("*.safetensors")} != wanted:
+                raise ValueError(
+                    f"{folder}: was made of other clips than those of {data} and {val}: take another --runs"
+                )
+            continue
+        partial = folder.with_name("clips.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        cache.mkdir(exist_ok=True)
+        for link, target in (wanted | {".cache": cache}).items():
+            (partial / link).symlink_to(target)
+        os.replace(partial, folder)
+
+
 # ------------------------------------------------------------------------------------------------ at the paper's scale
 
 STEP = 0.5  # seconds of a step of one clip, 14 frames of 512x320, on an H200 with --checkpointing (docs/training.md)
 CARDS = 8
+RUN = f"torchrun --nproc_per_node {CARDS}"
 
 
 def commands_of(arguments: argparse.Namespace) -> str:
     """The commands that train and measure a table's rows from SVD's weights (--init), the data that they need, and how
     long that takes. Rows that share a stage share its training. Raises ValueError for too few frames."""
-    frames, rows = arguments.frames or 25, dict.fromkeys(row.removesuffix(UNTOLD) for row in TABLES[arguments.table])
+    frames = arguments.frames or 25
     if frames < WINDOW:
         raise ValueError(
             f"--frames {frames}: FVMD needs {WINDOW}; SVD's 14 do not suffice, the 25 of its XT weights do"
         )
-    run = f"torchrun --nproc_per_node {CARDS}"
-    init = f"--init {arguments.init}"
-    told = f"--data {arguments.data} --val {arguments.val} {init} --frames {frames} --seed {arguments.seed}"
-    told += f" --batch 1 --checkpointing --steps {arguments.steps}"
-    told += f" --set {' '.join(arguments.set)}" if arguments.set else ""
-    root = Path(arguments.runs)
-    lines = [f"{run} -m clips.encode {arguments.data} {init} --frames {frames}"]
-    stages = 0
-    for row in sorted(rows, key=lambda row: row != OURS):  # ours first: others take its Stage II
-        out, own = root / row, row == OURS or (row != "one_stage" and ABLATIONS[row][1] != STAGE2)
-        if row == "one_stage":
-            trained = [f"{run} train.py --stage one {told} --out {out}"]
-        else:
-            parts = ["1", "2"] if own else ["1"]
-            trained = [f"{run} train.py --stage {part} --ablation {row} {told} --out {out}" for part in parts]
-        stages += len(trained)
-        lines += trained if own or row == "one_stage" else [*trained, f"cp -r {root / OURS / 'stage2'} {out}/"]
-    for row in TABLES[arguments.table]:
-        untold = " --told nothing" if row.endswith(UNTOLD) else ""
-        measured = f"--data {arguments.val} --metrics physics,fvd,fvmd --i3d I3D"
-        lines.append(f"python evaluate.py --model {root / row.removesuffix(UNTOLD)} {measured}{untold}")
+    encode = f"{RUN} -m clips.encode {arguments.data} --init {arguments.init} --frames {frames}"
+    lines = [encode, *(unseen_commands(arguments, frames) if arguments.leave_out else row_commands(arguments, frames))]
+    stages = sum("train.py" in command for command in lines)
     hours = stages * arguments.steps * STEP * frames / 14 / 3600
     clips = "drives, as of clips.annotate" if arguments.table == 2 else "trials of Physion, as of clips.physion"
+    clips = "clips whose meta names scenarios, as of clips.simulate" if arguments.leave_out else clips
     needs = f"{clips}: {frames} frames each, to train on ({arguments.data}) and to measure by ({arguments.val})"
     time = f"{hours:.0f} hours: {stages} trainings of {arguments.steps} steps of {CARDS} clips of 512x320"
     return "\n".join([*lines, "", f"Data: {needs}.", f"Estimated: {time} on {CARDS} H200, a clip a card."])
 
 
+def row_commands(arguments: argparse.Namespace, frames: int) -> list[str]:
+    rows, root = dict.fromkeys(row.removesuffix(UNTOLD) for row in TABLES[arguments.table]), Path(arguments.runs)
+    lines = []
+    for row in sorted(rows, key=lambda row: row != OURS):  # ours first: others take its Stage II
+        own = row == OURS or (row != "one_stage" and ABLATIONS[row][1] != STAGE2)
+        parts = ["one"] if row == "one_stage" else ["1", "2"] if own else ["1"]
+        which = "" if row == "one_stage" else f" --ablation {row}"
+        lines += train_commands(arguments, frames, parts, which, root / row)
+        lines += [] if own or row == "one_stage" else [f"cp -r {root / OURS / 'stage2'} {root / row}/"]
+    for row in TABLES[arguments.table]:
+        untold = " --told nothing" if row.endswith(UNTOLD) else ""
+        lines.append(measure_command(root / row.removesuffix(UNTOLD), arguments.val) + untold)
+    return lines
+
+
+def unseen_commands(arguments: argparse.Namespace, frames: int) -> list[str]:
+    told = (arguments.leave_out, arguments.data, arguments.val, arguments.runs)
+    lines, places = [f'python -c "from training.tables import link_clips; link_clips{told}"'], places_of(*told[::3])
+    for row in UNSEEN:
+        parts = argparse.Namespace(**vars(arguments) | {"data": places[row], "val": places["only"]})
+        lines += train_commands(parts, frames, ["1", "2"], "", places[row].with_name(OURS))
+    return lines + [measure_command(places[row].with_name(OURS), places["only"]) for row in UNSEEN]
+
+
+def train_commands(arguments: argparse.Namespace, frames: int, parts: list[str], which: str, out: Path) -> list[str]:
+    told = f"--data {arguments.data} --val {arguments.val} --init {arguments.init} --frames {frames}"
+    told += f" --seed {arguments.seed} --batch 1 --checkpointing --steps {arguments.steps}"
+    told += f" --set {' '.join(arguments.set)}" if arguments.set else ""
+    return [f"{RUN} train.py --stage {part}{which} {told} --out {out}" for part in parts]
+
+
+def measure_command(model: Path, data: str | Path) -> str:
+    return f"python evaluate.py --model {model} --data {data} --metrics physics,fvd,fvmd --i3d I3D"
+
+
 # ------------------------------------------------------------------------------------------------------ how they look
 
 SHOWN = ("hit_video", "fallen_video", "hit", "epe_relative", "iou_last")  # beside Frechet distances
-OURS = "motion_dreamer"  # the row that the others are compared with
 Figures = dict[str, dict]  # by name
 
 
+def reference(arguments: argparse.Namespace) -> str:
+    """The row that the others are compared with."""
+    return "with" if arguments.leave_out else OURS
+
+
 def table_text(
-    number: int, means: dict[str, Figures], ours: dict[str, Figures], beside: dict[str, Figures], told: str
+    arguments: argparse.Namespace,
+    means: dict[str, Figures],
+    found: dict[str, Figures],
+    beside: dict[str, Figures],
+    told: str,
 ) -> str:
     """Markdown of a table: our rows (`means`) beside the paper's figures, and what stands beside all rows; then the
-    difference of every row from ours, with its interval; then what it was measured by (`told`)."""
+    difference (`found`) of every row from that of `reference`, with its interval; then what it was measured by
+    (`told`)."""
+    rows = rows_of(arguments)
+    papers = [] if arguments.leave_out else ["paper: FVD ↓", "paper: FVMD ↓"]
     names = [n for n in beside["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
     head = [LABELS.get(name, name) for name in names]
-    lines = [line(["method", "paper: FVD ↓", "paper: FVMD ↓", *head]), "|---" * (len(names) + 3) + "|"]
-    for row, (label, fvd, fvmd) in TABLES[number].items():
-        lines.append(line([label, str(fvd), str(fvmd), *(cell(means[row].get(n)) for n in names)]))
+    lines = [line(["method", *papers, *head]), "|---" * (len(papers) + len(names) + 1) + "|"]
+    for row, (label, *known) in rows.items():
+        lines.append(line([label, *map(str, known), *(cell(means[row].get(n)) for n in names)]))
     for source in (source for source in ("still", "codec", "twin", "truth", "half") if source in beside):
-        lines.append(line([COLUMNS[source], "", "", *(cell(beside[source].get(n)) for n in names)]))
-    labels = {row: label for row, (label, *_) in TABLES[number].items()}
-    lines += ["", line([f"difference from {labels[OURS]}", *head]), "|---" * (len(names) + 1) + "|"]
-    lines += [line([labels[row], *(change(found.get(n)) for n in names)]) for row, found in ours.items()]
-    data = "drives of its own" if number == 2 else "Physion"
-    paper = f"The paper: SVD's size, {data}. Only the order of rows compares."
-    if number == 2:
-        paper += " Told nothing: F = 0 and c = 0, which a model that was always told c may take for a camera at rest."
+        lines.append(line([COLUMNS[source], *[""] * len(papers), *(cell(beside[source].get(n)) for n in names)]))
+    lines += ["", line([f"difference from {rows[reference(arguments)][0]}", *head]), "|---" * (len(names) + 1) + "|"]
+    lines += [line([rows[row][0], *(change(some.get(n)) for n in names)]) for row, some in found.items()]
     pairs = "Differences: the same clips and seeds, better or worse where the 95 % interval leaves zero out."
-    return "\n".join([*lines, "", f"{told} {paper} {pairs}"])
+    return "\n".join([*lines, "", f"{told} {meant(arguments)} {pairs}"])
+
+
+def meant(arguments: argparse.Namespace) -> str:
+    """What a reader of the table should know of its rows."""
+    if arguments.leave_out:
+        codec = f"is that of {arguments.codec}, whatever it saw" if arguments.codec else "never saw it either"
+        return (
+            f"Left out: {arguments.leave_out}. Both rows learn from as many clips, equally long; their VAE {codec}. "
+            "Measured are clips of what was left out alone."
+        )
+    data = "drives of its own" if arguments.table == 2 else "Physion"
+    paper = f"The paper: SVD's size, {data}. Only the order of rows compares."
+    if arguments.table == 2:
+        paper += (
+            " Told nothing: F = 0 and c = 0, as in training now and then (--drop); a camera at rest is told so too."
+        )
+    return paper
