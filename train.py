@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
     how.add_argument("--clip-grad", type=float, default=1.0, help="largest norm of the gradient")
     how.add_argument("--ema", type=float, help=f"decay of the moving average of the weights; {both['ema']}")
-    how.add_argument("--drop", type=float, default=0.1, help="probability of leaving out the image, S_0, D_0, each")
+    how.add_argument("--drop", type=float, default=0.1, help="probability of leaving out the image, S_0, D_0, c, each")
     how.add_argument("--unmark", type=float, default=0.25, help="probability of showing only some objects marked")
     how.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
     how.add_argument("--precision", choices=("fp32", "bf16"), help="None: bf16 on a GPU, fp32 on a CPU")
@@ -124,6 +124,9 @@ def parse_arguments() -> argparse.Namespace:
     for name in names:
         if getattr(arguments, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: of --stage {others}, where it would be ignored")
+    for name in () if arguments.val else ("val_every", "val_samples"):
+        if getattr(arguments, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: of --val, without which it would be ignored")
     return with_recipe(arguments)
 
 

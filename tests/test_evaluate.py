@@ -989,9 +989,11 @@ def test_an_unseen_world(worlds, folders, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sampler_room, "dream", None)
     run(monkeypatch, *told)
     assert capsys.readouterr().out == printed
-    rest.clear()
-    run(monkeypatch, *told, "--codec", folders / "model")
-    assert "vae" not in rest and f"is that of {folders / 'model'}, whatever it saw" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, told), "--codec", "demo"])
+    arguments = evaluate.parse_arguments()
+    arguments.steps, count = 1, len(rest["vae"])
+    assert tables.arguments_of("with", 0, arguments).codec == "demo" and len(rest["vae"]) == count
+    assert "their VAE is that of demo, whatever it saw" in tables.meant(arguments)
 
 
 # ------------------------------------------------------------------------------------------------- flags and refusals

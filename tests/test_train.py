@@ -753,6 +753,8 @@ MISTAKES = {
     "corrupt VAE": (spoil_vae, [], "vae/diffusion_pytorch_model.safetensors"),
     "size": (odd, [], "clips are 25x16, not a multiple of 4"),
     "frames": (nothing, ["--frames", "9"], "has 4 frames, 9 are needed"),
+    "nothing to measure": (nothing, ["--val-samples", "9"], "--val-samples: of --val, without which it would be"),
+    "nothing to look at": (nothing, ["--val-every", "9"], "--val-every: of --val, without which it would be ignored"),
     "unknown field": (nothing, ["--set", "speed=3"], "--set speed=3"),
     "bad value": (nothing, ["--set", "mask_ratio=high"], "'high' is not a float"),
     "fields of a VAE": (
