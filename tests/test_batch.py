@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_stage, tiny_tower, tiny_vae
 
 import motion_dreamer
+import training.batch as batch_room
 from clips import Clip, ClipDataset, Motion
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, MotionDreamer, SmallStageConfig, dream
 from training.batch import Chances, training_batch
@@ -250,6 +251,37 @@ def test_camera_and_fps_are_those_of_each_clip(vae, tower):
     torch.testing.assert_close(cond.camera, torch.tensor([[0.1, -0.2], [2.0, 3.0]]))
 
 
+@pytest.mark.parametrize("config", [ONE, TWO])
+def test_the_camera_motion_is_left_out_by_itself(vae, tower, config):
+    stage = tiny_stage(config)
+    told = many(encoded(stage, vae, tower, patchwork(0, camera=(0.4, -0.3), bucket=30)), 3000)
+    cond = training_batch(stage, told, vae, drawn(), Chances(drop=0.3, unmark=0.0)).condition
+    gone = (cond.camera == 0).all(dim=1)
+    assert about(gone.float().mean(), 0.3, 3000)
+    assert torch.equal(cond.camera[~gone], told["camera"][~gone])
+    others = [(cond.token == 0).flatten(1).all(dim=1), (cond.F == 0).flatten(1).all(dim=1)]
+    others += [(cond.added_ids[:, 1] == 127)] if config.given else []
+    for other in others:
+        assert about((gone & other).float().mean(), 0.3 * other.float().mean().item(), 3000)
+
+
+def test_a_camera_at_rest_leaves_training_as_it_is(vae, tower, monkeypatch):
+    """Not a draw is another one: what train.py makes of clips without camera motion does not change."""
+    stage = tiny_stage(TWO)
+    clips = encoded(stage, vae, tower, *(patchwork(seed) for seed in range(6)))
+    ends, found = [], []
+    for always in (True, False):
+        generator = drawn()
+        if always:
+            monkeypatch.setattr(batch_room, "sometimes_told", lambda camera, *_: camera)
+        found.append(training_batch(stage, clips, vae, generator, Chances()).condition)
+        ends.append(generator.get_state())
+        monkeypatch.undo()
+    assert torch.equal(*ends)
+    for name, value in vars(found[0]).items():
+        torch.testing.assert_close(getattr(found[1], name), value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
 # ----------------------------------------------------------------------------------------------- extras of small models
 
 
@@ -363,6 +395,31 @@ def test_training_and_sampling_tell_a_network_the_same(monkeypatch, vae, tower, 
         points = (sampled.F != 0).any(dim=1)
         assert points.sum() == 8 == (trained.F != 0).any(dim=1).sum()
         assert torch.equal(sampled.F, F * points[:, None])
+
+
+@pytest.mark.parametrize("config", [ONE, TWO, SINGLE])
+def test_told_nothing_is_a_state_that_training_shows(monkeypatch, vae, tower, config):
+    """Supplement, section 9: F = 0 and c = 0, and everything else is told."""
+    stage, tell = tiny_stage(replace(config, mask_ratio=0.5)), MotionDreamer.tell
+    monkeypatch.setattr(
+        MotionDreamer,
+        "tell",
+        lambda self, told, latents, token, vae, noise: tell(
+            self, replace(told, noise_aug=torch.full_like(told.noise_aug, 0.07)), latents, token, vae, 0 * noise
+        ),
+    )
+    clip = patchwork(0, 11.0, (0.4, -0.3)).tensors()
+    batch = torch.utils.data.default_collate([with_marks(clip)])
+    clips = many(batch | encode_clips(batch, stage, vae, tower), 600)
+    cond = training_batch(stage, clips, vae, drawn(), Chances(drop=0.2, unmark=0.0)).condition
+    nothing = {"F": torch.zeros(1, 2, HEIGHT, WIDTH), "mask": torch.zeros(1, 1, HEIGHT, WIDTH)}
+    sampled = as_dreamt(monkeypatch, stage, vae, tower, clip | {"camera": torch.zeros(2)}, nothing)
+
+    def same(row):
+        pairs = ((getattr(cond, name)[row], value[0]) for name, value in vars(sampled).items())
+        return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True) for a, b in pairs)
+
+    assert 1 <= sum(map(same, range(600))) < 60
 
 
 def test_a_window_of_a_long_clip_carries_its_own_camera_motion(vae, tower, tmp_path):

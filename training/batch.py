@@ -25,7 +25,7 @@ Clips = dict[str, Tensor]
 class Chances:
     """Probabilities, each drawn for each clip by itself."""
 
-    drop: float = 0.1  # of leaving out I_0 (for guidance), S_0, D_0, the motion bucket
+    drop: float = 0.1  # of leaving out I_0 (for guidance), S_0, D_0, the motion bucket, the camera motion c
     unmark: float = 0.25  # of unmarking some objects: a user marks what he pushes and little else
 
 
@@ -55,7 +55,8 @@ def training_batch(
         F = sparse_flow(flow * mask[:, None], S[:, 0], POINTS, generator)
 
     # A motion bucket says how much will move: only a stage that is given the motion may know.
-    bucket_told = ~chance(chances.drop, clips, generator) & bool(config.given)
+    lots = uniform((len(image),), generator, device)
+    bucket_told = (lots >= chances.drop) & bool(config.given)
     told = Told(
         image=image,
         segmentation=S[:, 0],
@@ -63,7 +64,7 @@ def training_batch(
         present={name: ~chance(chances.drop, clips, generator) for name in ("rgb", "segmentation", "depth")},
         F=F,
         mask=mask,
-        camera=clips["camera"],
+        camera=sometimes_told(clips["camera"], lots, chances.drop),
         fps=clips["fps"],
         motion_bucket=torch.where(bucket_told, clips["motion_bucket"], MOTION_BUCKET),
         noise_aug=(gaussian((len(image),), generator, device) * 0.5 - 3).exp(),  # around SVD's 0.02 .. 0.1
@@ -71,6 +72,14 @@ def training_batch(
     latents = {name: clips[f"latents.{name}"] for name in config.latents}
     condition = stage.tell(told, latents, clips["token"], vae, gaussian(image.shape, generator, device))
     return Batch(torch.cat([latents[name] for name in config.predict], dim=2), condition, M)
+
+
+def sometimes_told(camera: Tensor, lots: Tensor, p: float) -> Tensor:
+    """c [B, 2], left out with probability p: 0, which is what sampling tells where nobody says a camera motion
+    (supplement, section 9). lots [B] have decided of the motion bucket already; what comes after their tenth bit has
+    not, and is a lot by itself. With a draw of its own, all later draws would be others than before c was left out,
+    for clips of a camera at rest too, which this leaves as they are."""
+    return torch.where((lots * 1024 % 1 < p)[:, None], 0, camera)
 
 
 def show_marked(clips: Clips, only_marked: Tensor) -> Clips:
