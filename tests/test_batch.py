@@ -259,6 +259,8 @@ def test_the_camera_motion_is_left_out_by_itself(vae, tower, config):
     gone = (cond.camera == 0).all(dim=1)
     assert about(gone.float().mean(), 0.3, 3000)
     assert torch.equal(cond.camera[~gone], told["camera"][~gone])
+    again = training_batch(stage, told, vae, drawn(), Chances(drop=0.3, unmark=0.0)).condition
+    assert torch.equal(again.camera, cond.camera)  # a function of (seed, rank, step), as all draws
     others = [(cond.token == 0).flatten(1).all(dim=1), (cond.F == 0).flatten(1).all(dim=1)]
     others += [(cond.added_ids[:, 1] == 127)] if config.given else []
     for other in others:
