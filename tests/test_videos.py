@@ -73,7 +73,7 @@ def made(clips, tmp_path_factory):
 
 
 def test_the_truth_has_full_marks_and_worse_videos_lose(clips, made, monkeypatch, capsys, tmp_path):
-    """And what went through an mp4 is within 8 dB, 0.15 of mIoU and a tenth of the worst FVMD."""
+    """And what went through an mp4 is as near to the truth as metrics/videos.py says."""
     for name, value in {"FEWEST": 2, "SET_RESAMPLES": 20}.items():
         monkeypatch.setattr(frechet, name, value)
     monkeypatch.setattr(metrics.motion, "RESAMPLES", 50)
@@ -91,7 +91,8 @@ def test_the_truth_has_full_marks_and_worse_videos_lose(clips, made, monkeypatch
     full = {"psnr_video": 99, "ids_video": 1, "moved_video": 1, "hit_video": 1, "fallen_video": 1, fvmd: 0}
     assert value["truth"] == pytest.approx(full, abs=1e-6)
     mp4 = value["mp4"]
-    assert mp4["psnr_video"] > 26 and mp4["ids_video"] > 0.85 and mp4["moved_video"] == mp4["fallen_video"] == 1
+    assert mp4["psnr_video"] >= 26 and mp4["ids_video"] >= 0.85
+    assert all(mp4[name] >= 0.95 for name in ("moved_video", "hit_video", "fallen_video"))
     assert mp4[fvmd] < 0.1 * max(value[how][fvmd] for how in worse)
     assert value["still"] == pytest.approx(value["frozen"], rel=1e-3)
     for name in ("moved_video", "hit_video", "fallen_video"):
