@@ -325,11 +325,8 @@ def parse_arguments() -> argparse.Namespace:
     usual = "default physics,demo; with --quick physics; of videos physics,fvd,fvmd"
     what("--metrics", help=f"some of physics,fvd,fvmd,demo ({usual})")
     what("--clips", type=int, help=f"at most (default {USUAL['clips']}; with --quick {QUICK['clips']})")
-    what(
-        "--frames",
-        type=int,
-        help="the first of each clip, with --videos, --export-prompts (default: all), --dry-run (25)",
-    )
+    first = "the first of each clip, with --videos, --export-prompts (default: all), --dry-run (25)"
+    what("--frames", type=int, help=first)
     what("--stretch", action="store_true", help="--videos of another shape than the clips are resized all the same")
     what("--samples", type=int, default=1, help="of a clip: their mean, and the best of them (default %(default)s)")
     alone = "pushed: that one alone, and figures of objects count no other (default %(default)s)"
@@ -420,6 +417,8 @@ def fill_in(arguments: argparse.Namespace) -> None:
     for name, (other, choice) in wanted.items():
         if given[name] and choice not in getattr(arguments, other):
             raise ValueError(f"--{name}: of --{other} {choice}, without which it would be ignored")
+    if arguments.videos and "fvmd" in arguments.metrics and not {"lk", "pips"} & set(arguments.trackers):
+        raise ValueError(f"--trackers {given['trackers']}: --videos are followed by lk or pips: they have no flow")
     if given["steps"] and arguments.minutes:
         raise ValueError(f"--steps {arguments.steps}: with --minutes it would be ignored")
     if arguments.table == 2 and arguments.told != "arrow":

@@ -1087,12 +1087,13 @@ def test_a_flag_that_would_be_ignored_is_refused(monkeypatch, task, taken):
             "3 clips, a Frechet distance (--metrics fvd,fvmd) needs 8",
         ),  # at once
         (["--metrics", "fvmd,fvd"], "3 clips, a Frechet distance (--metrics fvmd,fvd) needs 8"),
-        (["--videos", "x"], "got --model, --videos"),
+        (["--model", "x", "--videos", "x"], "got --model, --videos"),
         (["--table", "3", "--val", "v", "--runs", "r", "--minutes", "0"], "--minutes 0"),
         (["--init", "xt"], "--init SVD and --dry-run"),
         (["--i3d", "x.pt"], "--i3d: of --metrics fvd, without which it would be ignored"),
         (["--trackers", "lk"], "--trackers: of --metrics fvmd"),
         (["--metrics", "fvmd", "--pips", "x.pth"], "--pips: of --trackers pips"),
+        (["--videos", "x", "--trackers", "flow"], "--trackers flow: --videos are followed by lk or pips"),
         (["--table", "1", "--val", "v", "--runs", "r", "--minutes", "3", "--steps", "9"], "--steps 9: with --minutes"),
         (
             ["--table", "2", "--val", "v", "--runs", "r", "--told", "nothing"],
@@ -1109,8 +1110,9 @@ def test_one_clear_line(folders, monkeypatch, capsys, tmp_path, change, message)
     moving_squares(0, 16, 16, 24).save(tmp_path / "mixed" / "2.safetensors")
     moving_squares(0, 4, 16, 32).save(tmp_path / "short" / "1.safetensors")
     moving_squares(0, 16, 16, 32).save(tmp_path / "foreign" / "1.safetensors")
-    told = [] if "--table" in change else ["--model", folders / "model"]
-    told += ["--data", folders / "data", "--quiet", "--cache", tmp_path / "cache"]
+    told = [] if {"--table", "--videos"} & set(change) else ["--model", folders / "model"]
+    told += ["--data", folders / "data", "--quiet"]
+    told += ["--cache", tmp_path / "cache"] if "--videos" not in change else []
     places = {path.name: path for path in tmp_path.iterdir()} | {"data": folders / "data"}
     told += ["--json", tmp_path / "e.json", *(text.format(**places) for text in change)]
     with pytest.raises(SystemExit) as stop:
