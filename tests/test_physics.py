@@ -177,6 +177,11 @@ def test_clips_of_a_former_simulator_are_refused(tmp_path):
         with pytest.raises(ValueError, match="another version"):
             evaluate.add_twin(scene, tmp_path / "cache", "cpu")
     assert not list(tmp_path.glob("cache/*/*"))
+    kept = tmp_path / "cache" / "opposite-48x24x4" / "now.safetensors"  # of the former simulator, in the cache
+    replace(clip, meta=clip.meta | {"poses": (poses + 0.1).tolist()}).save(kept)
+    clip.save(tmp_path / "now.safetensors")
+    evaluate.add_other_pushes(truth_of(tmp_path / "now.safetensors", 4, "cpu"), tmp_path / "cache", "cpu")
+    assert np.array_equal(np.array(Clip.load(kept).meta["poses"])[0], poses[0])
 
 
 def test_pairs_that_touch_and_things_that_are_fixed():
