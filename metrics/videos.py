@@ -15,9 +15,10 @@ The rules; what they do not cover is refused in one line that names the file:
              as codecs need it: cut off. Another shape: refused, or with `stretch` resized all the same
 
 What a file costs: true videos that went through an mp4, as show.py writes it, have a PSNR of 26 dB at least, 0.85 of
-mIoU of ids by colour and 0.95 of balanced accuracy in moved, hit and fallen, in the mean over clips; and less than a
-tenth of the FVMD of the worst of them frozen, shuffled, delayed or blurred. (Smaller clips lose more: of 128x64, 34 dB,
-0.94, and 0.96 to 1.) tests/test_videos.py holds it, docs/results.md has the table.
+mIoU of ids by colour and 0.95 of balanced accuracy in moved, hit and fallen; and less than a tenth of the FVMD of the
+worst of them frozen, shuffled, delayed or blurred. tests/test_videos.py holds it for clips of 64x32. Larger ones lose
+less: 24 of 128x64 have 34 dB, 0.94, and 0.96 to 1 (of few clips, a single thing at rest that seems to move weighs more:
+docs/results.md).
 """
 
 from __future__ import annotations
