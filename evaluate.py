@@ -293,7 +293,8 @@ def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
             rows[name].append(metrics.video_figures(video, scene, known) if "physics" in arguments.metrics else {})
             features.add(name, {"rgb_own": video}, scene)
     compared = {name: Row([some], [features.draws(name)]) for name, some in rows.items()}
-    figures = {name: metrics.average(row) for name, row in compared.items()} | {"half": features.distances("half")}
+    figures = {name: metrics.average(row) for name, row in compared.items()}
+    figures |= {"half": half} if (half := features.distances("half")) else {}
     first, *others = folders
     found = {f"{name} - {first}": metrics.differences(compared[name], compared[first]) for name in others}
     made = {"frames": clips.frames, "size": [clips.width, clips.height], "device": device}
