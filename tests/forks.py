@@ -5,7 +5,8 @@
         codes = forks.wait()
 
 With SCRIPT=clips.encode in their environment, the command lines are that script's. With WATCH=DIR, they write weights
-and averages, whole, to DIR: before their first step and after every second one.
+and averages, whole, to DIR: before their first step and after every second one. With SHOWN=SECONDS, a file that another
+process wrote is awaited as long.
 """
 
 import importlib
@@ -108,8 +109,11 @@ def child(environment, place, words, folder):
     import tiny
 
     import train
+    import training.processes
 
     train.PRESETS["tiny"] = tiny.TINY
+    if "SHOWN" in environment:
+        training.processes.check_shared.__defaults__ = (float(environment["SHOWN"]),)
     if "WATCH" in environment:
         watch(train, environment["WATCH"])
     script = environment.get("SCRIPT", "train")

@@ -314,7 +314,7 @@ def test_processes_that_do_not_share_a_file_system_are_refused(forks, clips, sta
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:
         place.mkdir()
-    forks.start([command(clips, start, "runs/new")] * 2, tmp_path, places)
+    forks.start([command(clips, start, "runs/new")] * 2, tmp_path, places, SHOWN=1)
     assert forks.wait() == [2, 2]
     said = "train.py: --out runs/new: process 1 of 2 does not see there what process 0 writes\n"
     assert (forks.errors(0), forks.errors(1)) == (said, "")

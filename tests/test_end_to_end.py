@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     moving_squares(0).save(folder / "data" / "clip.safetensors")
     told = ("--preset", "tiny", "--data", folder / "data", "--out", folder / "model", "--quiet")
     told += ("--lr", "5e-3", "--ema", "0.98", "--cooldown", "0.5")
-    for stage, batch, steps in (("vae", 1, 400), ("1", 4, 200), ("2", 4, 160)):
+    for stage, batch, steps in (("vae", 1, 400), ("1", 4, 120), ("2", 4, 140)):
         run_train(monkeypatch, "--stage", stage, *told, "--batch", batch, "--steps", steps)
     monkeypatch.undo()
     return folder / "model", Clip.load(folder / "data" / "clip.safetensors").tensors()

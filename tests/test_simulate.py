@@ -1,5 +1,6 @@
 """clips/simulate.py against physics and geometry: flow by warping, depth by ray and plane, pushes by re-simulation."""
 
+import contextlib
 import os
 import re
 import signal
@@ -361,7 +362,22 @@ def run(*arguments):
     )
 
 
-def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
+class Here:
+    """A pool of no processes: starting one takes seconds."""
+
+    @staticmethod
+    def imap_unordered(work, jobs, chunksize):
+        return map(work, jobs)
+
+
+def run_here(monkeypatch, *arguments):
+    monkeypatch.setattr(simulate_script, "processes", lambda count: contextlib.nullcontext(Here))
+    monkeypatch.setattr(sys, "argv", ["clips.simulate", *map(str, arguments)])
+    simulate_script.main()
+
+
+def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    """With processes of its own, then twice without."""
     told = (
         tmp_path / "clips",
         "--clips",
@@ -384,18 +400,18 @@ def test_command_line_writes_clips_and_goes_on_where_it_was(tmp_path):
     kept = tmp_path / "clips" / names[0]
     written = kept.stat().st_mtime_ns
     (tmp_path / "clips" / names[1]).unlink()
-    assert run(*told, "--seed", 7).returncode == 0
+    run_here(monkeypatch, *told, "--seed", 7)
     assert kept.stat().st_mtime_ns == written and (tmp_path / "clips" / names[1]).exists()
     kept.unlink()
-    assert run(*told, "--seed", 7, "--mirror").returncode == 0
+    run_here(monkeypatch, *told, "--seed", 7, "--mirror")
     assert len(list((tmp_path / "clips").iterdir())) == 6
     image = Clip.load(tmp_path / "clips" / "roll_00000008_mirrored.safetensors")
     assert (image.rgb == clip.rgb[:, :, ::-1]).all() and image.meta["seed"] == 8
 
 
-def test_command_line_leaves_out_pushes(tmp_path):
+def test_command_line_leaves_out_pushes(tmp_path, monkeypatch):
     told = ("--clips", 3, "--scenario", "dominoes", "--size", "24x16", "--frames", 2, "--workers", 1, "--seed", 5)
-    assert run(tmp_path, *told, "--still", 1).returncode == 0
+    run_here(monkeypatch, tmp_path, *told, "--still", 1)
     clips = [Clip.load(path) for path in sorted(tmp_path.iterdir())]
     assert len(clips) == 3 and all(clip.meta["still"] and not clip.flow.any() for clip in clips)
 
