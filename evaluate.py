@@ -146,7 +146,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     `shared` is filled with what does not depend on the model (figures and features of "still", "codec" and "truth"),
     or if it is filled already, for the same clips and VAE, spares measuring that again."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
-    model = Model.load(folder, device)
+    model = Model.load(folder, device, half=device == "cuda")
     frames, clips = model.stage2.config.frames, clips_of(arguments, model.stage2.config)
     paths = clips.paths[: arguments.clips]
     sampler = sampler_of(arguments, model)

@@ -455,6 +455,22 @@ def told_stage(config, told=True):
     return SmallStageConfig(**vars(config), told=told)
 
 
+def test_a_model_in_half_precision_makes_nearly_the_same(folders, tmp_path):
+    """As on a GPU, where everything but the VAE's encoder takes half the memory."""
+    scenes, made = [truth_of(folders / "data" / "1.safetensors", 16, "cpu")], []
+    for half in (False, True):
+        model = evaluate.Model.load(folders / "model", "cpu", half)
+        kinds = [{value.dtype for value in part.parameters()} for part in (model.stage1, model.stage2, model.tower)]
+        assert kinds == [{torch.bfloat16 if half else torch.float32}] * 3
+        assert {value.dtype for value in model.vae.encoder.parameters()} == {torch.float32}
+        some = evaluate.Sampler(model, tmp_path / str(half), SETTINGS)
+        (motion,), (video,), (codec,) = (some.make(scenes, kind) for kind in ("arrow", "rgb_own", "codec/arrow"))
+        made.append([motion["flow"], motion["depth"], video["rgb_own"], codec["rgb"], codec["flow"]])
+    for full, half in zip(*made, strict=True):
+        assert full.dtype == half.dtype == torch.float32
+        assert not torch.equal(full, half) and (full - half).square().mean() < 0.01 * full.var()
+
+
 def test_every_clip_of_a_batch_is_told_its_own(folders, tmp_path, told):
     """Frame rate and camera; the motion bucket only where the true motion is known anyway."""
     rates, buckets = torch.tensor([5.0, 12.0]), torch.tensor([40.0, 200.0])

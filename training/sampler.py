@@ -42,11 +42,15 @@ class Model:
     tower: ImageEncoder
 
     @classmethod
-    def load(cls, folder: Path, device: str) -> Model:
-        kept = {"dtype": torch.float32, "device": device}
+    def load(cls, folder: Path, device: str, half: bool = False) -> Model:
+        """half: as sample.py on a GPU, in bfloat16, but for the VAE's encoder in float32 and its decoder in float16."""
+        full, kept = ({"dtype": dtype, "device": device} for dtype in (torch.float32, torch.bfloat16))
+        kept = kept if half else full
         stage2 = MotionDreamer.from_pretrained(folder, "stage2", **kept).eval()
         stage1 = MotionDreamer.from_pretrained(folder, "stage1", **kept).eval() if stage2.config.given else None
-        vae = VAE.from_pretrained(folder, "vae", **kept).eval()
+        vae = VAE.from_pretrained(folder, "vae", **full).eval()
+        if half:
+            vae.decoder.half()
         return cls(stage1, stage2, vae, ImageEncoder.from_pretrained(folder, "image_encoder", **kept).eval())
 
     def identity(self, *parts: str) -> list[str]:
