@@ -121,12 +121,16 @@ def parse_arguments() -> argparse.Namespace:
     log.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = expand_home(parser.parse_args())
     others, names = IGNORED.get(arguments.stage, ("", ()))
-    for name in names:
+    ignored = dict.fromkeys(names, f"of --stage {others}, where it would be ignored")
+    if not arguments.val:
+        ignored |= dict.fromkeys(("val_every", "val_samples"), "of --val, without which it would be ignored")
+    if arguments.minutes is not None:
+        ignored["steps"] = "with --minutes it would be ignored"
+    if arguments.init or arguments.start:
+        ignored["preset"] = "of a model from nothing; with --init or --start it would be ignored"
+    for name, why in ignored.items():
         if getattr(arguments, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: of --stage {others}, where it would be ignored")
-    for name in () if arguments.val else ("val_every", "val_samples"):
-        if getattr(arguments, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: of --val, without which it would be ignored")
+            raise ValueError(f"--{name.replace('_', '-')}: {why}")
     return with_recipe(arguments)
 
 

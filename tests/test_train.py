@@ -60,7 +60,9 @@ def out(tmp_path):
 
 
 def command(clips, out, *extra, stage="1", steps=4):
-    told = {"--stage": stage, "--preset": "tiny", "--data": clips, "--out": out, "--steps": steps, "--batch": 2}
+    told = {"--stage": stage, "--data": clips, "--out": out, "--batch": 2}
+    told |= {} if {"--start", "--init"} & set(extra) else {"--preset": "tiny"}
+    told |= {} if "--minutes" in extra else {"--steps": steps}
     return [str(word) for pair in told.items() for word in pair] + ["--quiet", *map(str, extra)]
 
 
@@ -754,6 +756,9 @@ MISTAKES = {
     "size": (odd, [], "clips are 25x16, not a multiple of 4"),
     "frames": (nothing, ["--frames", "9"], "has 4 frames, 9 are needed"),
     "nothing to measure": (nothing, ["--val-samples", "9"], "--val-samples: of --val, without which it would be"),
+    "steps and minutes": (nothing, ["--minutes", "9", "--steps", "9"], "--steps: with --minutes it would be ignored"),
+    "sizes from nothing": (nothing, ["--start", "m", "--preset", "tiny"], "--preset: of a model from nothing"),
+    "sizes, though SVD's": (nothing, ["--init", "m", "--preset", "tiny"], "--preset: of a model from nothing"),
     "nothing to look at": (nothing, ["--val-every", "9"], "--val-every: of --val, without which it would be ignored"),
     "unknown field": (nothing, ["--set", "speed=3"], "--set speed=3"),
     "bad value": (nothing, ["--set", "mask_ratio=high"], "'high' is not a float"),
