@@ -55,8 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     option("--seed", type=int, default=4000000, help="of the first clip (default %(default)s)")
     option("--sampling-steps", type=int, default=10, help="of each stage (default %(default)s)")
     option("--workers", type=int, default=os.cpu_count() or 1, help="that simulate (default %(default)s)")
-    option("--json", default="measured.json", metavar="FILE", help="all figures (default %(default)s)")
-    return parser.parse_args()
+    option("--json", metavar="FILE", help="where all figures go (default: measured.json in --data)")
+    arguments = parser.parse_args()
+    arguments.json = arguments.json or Path(arguments.data) / "measured.json"
+    return arguments
 
 
 def call(*words: object) -> None:
