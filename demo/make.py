@@ -10,6 +10,8 @@
 2. The VAE learns all worlds, for a quarter of the minutes, from the clips that there are when it begins.
 3. Both stages learn at the same time, for the rest of the minutes, in rounds: each begins with the clips that there are
    by then, and makes their latents, once.
+4. The model is measured on a few clips of each world that it has not seen (demo/measure.py), and card.md says what went
+   into it and what it can.
 
 Minutes are those of training: the learning rate falls with the clock (`train.py --minutes`). Killed, the same command
 goes on: clips that are there stay, trainings go on from their last save, what is complete is not done again.
@@ -40,6 +42,8 @@ from motion_dreamer import MotionDreamer  # noqa: E402
 from svd import VAE, ImageEncoder  # noqa: E402
 
 VAE_SHARE, ROUNDS = 0.25, 2  # of the minutes; of both stages
+BATCH = {"vae": (16, 2), "1": (64, 4), "2": (64, 4)}  # on a GPU, on cores
+LOOK_SEED = 6000000  # of the first clip that the model is measured by
 CLIPS = 60000  # more than anybody has the time to simulate
 STILL = 0.15  # share of the clips in which nobody pushes: "told to stay" is learned from these
 # What a stage is told of a push is its first step; half of the clips show only what is pushed, the rest any part of it.
@@ -64,8 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     option("--frames", type=int, default=16, help="of a clip (default %(default)s)")
     option("--first", type=int, default=256, help="clips before the VAE begins (default %(default)s)")
     option("--workers", type=int, default=max(1, cores - 1), help="that simulate (default %(default)s)")
-    option("--preset", default="demo", help="of train.py: the sizes of the networks (default %(default)s)")
+    option("--preset", default="demo", help="of train.py: sizes of what is made from nothing (default %(default)s)")
     option("--seed", type=int, default=0, help="of clips and trainings (default %(default)s)")
+    option("--look", type=int, default=2, metavar="N", help="clips of each world to measure by; 0: none (default 2)")
     return parser.parse_args()
 
 
@@ -101,16 +106,18 @@ def simulating(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
 
 def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subprocess.Popen:
     """train.py of one part, on the GPU if there is one."""
-    told = [sys.executable, "train.py", "--stage", stage, "--preset", arguments.preset, "--minutes", minutes]
+    told = [sys.executable, "train.py", "--stage", stage, "--minutes", minutes]
+    told += ["--start", arguments.start] if arguments.start else ["--preset", arguments.preset]
     told += ["--data", Path(arguments.out) / "clips", "--out", arguments.out, "--seed", arguments.seed, "--quiet"]
     told += ["--sample-every", 0, "--save-every", 300, "--cooldown", 0.7]
-    told += ["--start", arguments.start] if arguments.start else []
-    gpu = torch.cuda.is_available()
+    gpu, bf16 = torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported()
+    told += ["--batch", BATCH[stage][0], "--workers", 4] if gpu else ["--batch", BATCH[stage][1]]
+    told += ["--precision", "bf16"] if bf16 else []
     if stage == "vae":
-        told += ["--frames", 2, "--batch", 16 if gpu else 2, "--workers", 4 if gpu else 0]
+        told += ["--frames", 2]
     else:
-        told += ["--batch", 64, "--workers", 4, "--lr", 1e-3, "--ema", 0.995] if gpu else ["--batch", 4]
-        told += ["--cuda-graph"] * gpu + ["--set", *STAGES[stage]]
+        told += ["--lr", 1e-3, "--ema", 0.995, "--cuda-graph"] if gpu else []
+        told += ["--set", *STAGES[stage]]
     threads = max(1, (os.cpu_count() or 1) // 2)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(list(map(str, told)), cwd=HERE.parent, env=environment)
@@ -160,11 +167,33 @@ def summary(arguments: argparse.Namespace, seconds: float) -> dict:
     found = {"minutes": arguments.minutes, "seconds": round(seconds), "clips": len(clips_of(arguments))}
     found |= {"torch": torch.__version__, "seed": arguments.seed, "cores": os.cpu_count()}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    for name in ("vae", "stage1", "stage2"):
+    for name, stage in (("vae", "vae"), ("stage1", "1"), ("stage2", "2")):
         lines = (Path(arguments.out) / "training" / name / "log.jsonl").read_text().splitlines()
         last = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
-        found[name] = {"steps": len(lines), "loss": round(sum(last) / len(last), 4)}
+        draws = len(lines) * BATCH[stage][not torch.cuda.is_available()]
+        found[name] = {"steps": len(lines), "draws": draws, "loss": round(sum(last) / len(last), 4)}
     return found
+
+
+def card(arguments: argparse.Namespace, record: dict, figures: str) -> str:
+    """Markdown: the command, what went in, what came out."""
+    told, size = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), f"{arguments.frames} frames of {arguments.size}"
+    time_ = f"{record['seconds'] / 60:.0f} minutes, {record['minutes']:g} of them training"
+    where = f"{record['device']}, {record['cores']} cores, torch {record['torch']}, seed {record['seed']}"
+    lines = ["# What this model is", "", f"Made by `python demo/{told}`: {time_}; {where}.", ""]
+    lines += [f"{record['clips']:,} distinct clips, {size}: {arguments.scenario}.", ""]
+    lines += ["| part | steps | clips drawn | loss, last tenth |", "|---|---|---|---|"]
+    for name in ("vae", "stage1", "stage2"):
+        part = record[name]
+        lines.append(f"| {name} | {part['steps']:,} | {part['draws']:,} | {part['loss']} |")
+    return "\n".join([*lines, "", "## Figures", "", figures or "Not measured.", ""])
+
+
+def measured(arguments: argparse.Namespace, model: Path) -> str:
+    """What demo/measure.py prints of clips that nothing was trained on."""
+    told = [sys.executable, HERE / "measure.py", "--model", model, "--data", Path(arguments.out) / "look"]
+    told += ["--clips", arguments.look, "--seed", LOOK_SEED]
+    return subprocess.run(list(map(str, told)), stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -182,8 +211,12 @@ def main() -> None:
     record = summary(arguments, time.monotonic() - started)
     (out / "make.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
+    folder = Path(arguments.export or out)
     if arguments.export:
-        export(out, Path(arguments.export))
+        export(out, folder)
+    figures = measured(arguments, folder) if arguments.look else ""
+    (folder / "card.md").write_text(card(arguments, record, figures))
+    print(f"{folder / 'card.md'}: what the model is and can")
 
 
 if __name__ == "__main__":

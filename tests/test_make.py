@@ -44,6 +44,7 @@ def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monk
     monkeypatch.setattr(make, "simulating", two_squares)
     monkeypatch.setattr(make.subprocess, "Popen", popen)
     told = ["--minutes", 0.01, "--preset", "tiny", "--frames", 3, "--first", 4, "--workers", 1]
+    monkeypatch.setattr(make, "measured", lambda _, model: f"figures of {model.name}")
 
     def made(*words):
         monkeypatch.setattr(sys, "argv", list(map(str, ["make.py", *told, *words])))
@@ -53,6 +54,10 @@ def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monk
     assert [words[words.index("--stage") + 1] for words in run] == ["vae", "1", "2"]
     record = json.loads((tmp_path / "out" / "make.json").read_text())
     assert record["clips"] == 4 and all(record[name]["steps"] for name in ("vae", "stage1", "stage2"))
+    assert [record[name]["draws"] / record[name]["steps"] for name in ("vae", "stage1", "stage2")] == [2, 4, 4]
+    card = (tmp_path / "shipped" / "card.md").read_text()
+    assert "4 distinct clips, 3 frames of 128x64" in card and "figures of shipped" in card
+    assert f"| stage2 | {record['stage2']['steps']} | {record['stage2']['draws']} |" in card
     stages = [MotionDreamer.from_pretrained(tmp_path / "shipped", f"stage{i}") for i in (1, 2)]
     vae = VAE.from_pretrained(tmp_path / "shipped", "vae")
     assert {value.dtype for part in (*stages, vae) for value in part.parameters()} == {torch.float16}
