@@ -805,7 +805,7 @@ def test_several_seeds_are_trained_and_averaged(monkeypatch, capsys, tmp_path):
     assert asked == [(row, seed) for row in ("one_stage", "sparse_flow", "motion_dreamer") for seed in (4, 5, 6)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| One-stage* | 173.0 | 224.3 | 15.0 [14.0, 16.0]")
-    assert lines[-3].endswith("| 10.0 [10.0, 10.0] better |") and "0.5 minutes a stage, 3 seeds" in lines[-1]
+    assert lines[-3].endswith("| 10.0 [10.0, 10.0] better |") and "0.5 minutes a stage, trainings: 3" in lines[-1]
     written = json.loads((tmp_path / "t.json").read_text())["rows"]["one_stage"]
     assert len(written) == 3 and all(found.keys() == {"figures", "settings"} for found in written)
 
@@ -815,7 +815,7 @@ def test_table_2_measures_the_same_models_told_and_told_nothing(monkeypatch, cap
 
     def evaluated(arguments, folder, shared):
         asked.append((folder.name, arguments.told))
-        return [{"hit": (1.0 + (arguments.told == "arrow"), 1.0)}] * 9
+        return [{"hit": (1.0 + (arguments.told == "arrow"), 1.0), "iou_last": (0.0, 0.0)}] * 9
 
     stand_in(monkeypatch, tmp_path, evaluated)
     run(monkeypatch, "--table", 2, "--data", "d", "--val", "v", "--runs", "r", "--seeds", 1)
@@ -823,6 +823,7 @@ def test_table_2_measures_the_same_models_told_and_told_nothing(monkeypatch, cap
     assert asked == [(row, told) for told in ("arrow", "nothing") for row in rows]
     lines = capsys.readouterr().out.splitlines()
     assert lines[4].startswith("| Ours | 272.2 | 2913.0 | 2.000 ") and "Vista: 285.8, 3557" in lines[7]
+    assert lines[0].count(" | ") == 3  # what is asked of no clip has no column
     assert lines[-3].endswith("| -1.000 [-1.000, -1.000] worse |") and "drives of its own" in lines[-1]
 
 

@@ -270,10 +270,12 @@ def table_text(
 ) -> str:
     """Markdown of a table: our rows (`means`) beside the paper's figures, and what stands beside all rows; then the
     difference (`found`) of every row from that of `reference`, with its interval; then what it was measured by
-    (`told`)."""
+    (`told`). Figures that no clip can be asked for are left out."""
     rows = rows_of(arguments)
     papers = [] if arguments.leave_out else ["paper: FVD ↓", "paper: FVMD ↓"]
-    names = [n for n in beside["still"] if n in SHOWN or n.startswith(("FV", "rfvd"))]
+    all_found = [*means.values(), *beside.values()]
+    asked = [n for n in beside["still"] if any(cell(some.get(n)) != "-" for some in all_found)]
+    names = [n for n in asked if n in SHOWN or n.startswith(("FV", "rfvd"))]
     head = [LABELS.get(name, name) for name in names]
     lines = [line(["method", *papers, *head]), "|---" * (len(papers) + len(names) + 1) + "|"]
     for row, (label, *known) in rows.items():
