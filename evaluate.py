@@ -263,8 +263,8 @@ def table(arguments: argparse.Namespace) -> tuple[str, dict]:
     some = next(iter(results.values()))[0]
     means = {row: metrics.average(rows[row]) for row in rows}
     trained = f"{arguments.minutes:g} minutes" if arguments.minutes else f"{arguments.steps} steps"
-    told = f"Ours: preset {arguments.preset}, {trained} a stage, trainings: {arguments.seeds}; {footnote(some['settings'])}"
-    text = table_text(arguments, means, found, some["figures"], told)
+    told = f"preset {arguments.preset}, {trained} a stage, trainings: {arguments.seeds}; {footnote(some['settings'])}"
+    text = table_text(arguments, means, found, some["figures"], f"Ours: {told}")
     return text, {"rows": results, "means": means, "differences": found}
 
 
