@@ -134,7 +134,7 @@ def test_the_table_says_what_is_reached():
         reached["will it be hit, balanced accuracy, mean"] == reached["mask IoU per object, last frame, mean"] == "aim"
     )
     assert reached["dominoes: push and opposite push go the right way"] == "must"
-    assert reached["dominoes: all right by generated ids"] == "aim"
+    assert reached["dominoes: all right by carried ids"] == "aim"
     assert reached["dominoes: all told to stay, standing"] == "not asked"
     assert reached["driving: pairs of ego motions, right for the other"] == "MISSED"
     assert reached["Stage II told the true motion, PSNR in dB, mean"] == "MISSED" and reached["weights, MB"] == "must"

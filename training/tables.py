@@ -274,8 +274,8 @@ def table_text(
     rows = rows_of(arguments)
     papers = [] if arguments.leave_out else ["paper: FVD ↓", "paper: FVMD ↓"]
     all_found = [*means.values(), *beside.values()]
-    asked = [n for n in beside["still"] if any(cell(some.get(n)) != "-" for some in all_found)]
-    names = [n for n in asked if n in SHOWN or n.startswith(("FV", "rfvd"))]
+    asked = [n for n in SHOWN if any(cell(some.get(n)) != "-" for some in all_found)]
+    names = [n for n in beside["still"] if n in asked or n.startswith(("FV", "rfvd"))]
     head = [LABELS.get(name, name) for name in names]
     lines = [line(["method", *papers, *head]), "|---" * (len(papers) + len(names) + 1) + "|"]
     for row, (label, *known) in rows.items():
