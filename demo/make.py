@@ -3,13 +3,13 @@
     python demo/make.py --minutes 9                  # a GPU and 16 cores: a quarter of an hour in all
     python demo/make.py --minutes 60                 # two cores
     python demo/make.py --minutes 9 --export demo    # and ship it: the weights in half precision
-    python demo/make.py --minutes 9 --start demo     # not from nothing: the weights that there are learn on
+    python demo/make.py --minutes 9 --start DIR      # not from nothing: its VAE stays, its stages learn on
 
 1. Workers simulate clips of all scenarios into OUT/clips, as long as anything trains (one worker or two: as long as the
    VAE does).
 2. The VAE learns all worlds, for a quarter of the minutes, from the clips that there are when it begins.
 3. Both stages learn at the same time, for the rest of the minutes, in rounds: each begins with the clips that there are
-   by then, and makes their latents, once.
+   by then. Their latents are made once, those of a later round while the former goes on.
 4. The model is measured on a few clips of each world that it has not seen (demo/measure.py), and card.md says what went
    into it and what it can.
 
@@ -26,8 +26,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -43,8 +44,9 @@ from svd import VAE, ImageEncoder  # noqa: E402
 
 VAE_SHARE, ROUNDS = 0.25, 2  # of the minutes; of both stages
 BATCH = {"vae": (16, 2), "1": (64, 4), "2": (64, 4)}  # on a GPU, on cores
+SHARE = {"vae": (1.0, 1.0), "1": (1.0, 1.0), "2": (0.6, 1.0)}  # of the minutes; then Stage I has the GPU
 LOOK_SEED = 6000000  # of the first clip that the model is measured by
-CLIPS = 60000  # more than anybody has the time to simulate
+WORLDS = (*SCENARIOS, "dominoes", "dominoes", "driving")  # most is asked of these two
 STILL = 0.15  # share of the clips in which nobody pushes: "told to stay" is learned from these
 # What a stage is told of a push is its first step; half of the clips show only what is pushed, the rest any part of it.
 TOLD = ["reduce=start", "mask_ratio=0.15", "mask_start=0.7", "splat_time=constant", "show_flow=true"]
@@ -63,10 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     option("--out", default="runs/demo", metavar="DIR", help="clips, trainings and the model (default %(default)s)")
     option("--start", metavar="DIR", help="a model folder whose weights learn on (default: from nothing)")
     option("--export", metavar="DIR", help="where the weights go in half precision, such as demo (default: nowhere)")
-    option("--scenario", default=",".join(SCENARIOS), help="worlds (default %(default)s)")
+    option("--scenario", default=",".join(WORLDS), help="worlds, some more than once (default %(default)s)")
     option("--size", default="128x64", help="of the pictures (default %(default)s)")
     option("--frames", type=int, default=16, help="of a clip (default %(default)s)")
     option("--first", type=int, default=256, help="clips before the VAE begins (default %(default)s)")
+    option("--clips", type=int, default=20000, help="at most; 3 MB each with their latents (default %(default)s)")
     option("--workers", type=int, default=max(1, cores - 1), help="that simulate (default %(default)s)")
     option("--preset", default="demo", help="of train.py: sizes of what is made from nothing (default %(default)s)")
     option("--seed", type=int, default=0, help="of clips and trainings (default %(default)s)")
@@ -80,18 +83,10 @@ def parse_arguments() -> argparse.Namespace:
 @contextmanager
 def simulating(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
     """Workers that add clips to OUT/clips until the block ends."""
-    told = [
-        sys.executable,
-        "-m",
-        "clips.simulate",
-        Path(arguments.out) / "clips",
-        "--clips",
-        CLIPS,
-        "--mirror",
-        "--still",
-        STILL,
-    ]
-    told += ["--scenario", arguments.scenario, "--size", arguments.size, "--frames", arguments.frames]
+    clips = -(-arguments.clips // 2)  # and as many mirror images
+    told = [sys.executable, "-m", "clips.simulate", Path(arguments.out) / "clips", "--clips", clips, "--mirror"]
+    told += ["--still", STILL, "--scenario", arguments.scenario]
+    told += ["--size", arguments.size, "--frames", arguments.frames]
     told += ["--seed", arguments.seed, "--workers", arguments.workers]
     log = open(Path(arguments.out) / "simulate.txt", "a")  # noqa: SIM115 (open as long as the process)
     process = subprocess.Popen(list(map(str, told)), cwd=HERE.parent, stdout=log, stderr=log, start_new_session=True)
@@ -106,11 +101,11 @@ def simulating(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
 
 def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subprocess.Popen:
     """train.py of one part, on the GPU if there is one."""
-    told = [sys.executable, "train.py", "--stage", stage, "--minutes", minutes]
+    gpu, bf16 = torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported()
+    told = [sys.executable, "train.py", "--stage", stage, "--minutes", minutes * SHARE[stage][not gpu]]
     told += ["--start", arguments.start] if arguments.start else ["--preset", arguments.preset]
     told += ["--data", Path(arguments.out) / "clips", "--out", arguments.out, "--seed", arguments.seed, "--quiet"]
-    told += ["--sample-every", 0, "--save-every", 300, "--cooldown", 0.7]
-    gpu, bf16 = torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported()
+    told += ["--sample-every", 0, "--save-every", 1000 if gpu else 300, "--cooldown", 0.7]
     told += ["--batch", BATCH[stage][0], "--workers", 4] if gpu else ["--batch", BATCH[stage][1]]
     told += ["--precision", "bf16"] if bf16 else []
     if stage == "vae":
@@ -123,12 +118,26 @@ def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subpr
     return subprocess.Popen(list(map(str, told)), cwd=HERE.parent, env=environment)
 
 
-def finish(processes: list[subprocess.Popen], seconds: float | None = None) -> None:
-    """Waits for trainings; after `seconds` they are told to save and end. Ends with them where one has failed."""
+def encode(arguments: argparse.Namespace) -> None:
+    """Latents of the clips that there are, for both stages. Ends with it where it fails."""
+    told = [sys.executable, "-m", "clips.encode", Path(arguments.out) / "clips", "--model"]
+    told += [arguments.start or arguments.out, "--preset", arguments.preset]
+    told += ["--workers", 4] if torch.cuda.is_available() else []
+    if code := subprocess.run(list(map(str, told)), cwd=HERE.parent).returncode:
+        sys.exit(code)
+
+
+def finish(
+    processes: list[subprocess.Popen], seconds: float | None = None, before: Callable[[], None] = lambda: None
+) -> None:
+    """Waits for trainings; after `seconds`, and `before`, they are told to save and end. Ends with them where one has
+    failed."""
     started = time.monotonic()
     while any(process.poll() is None for process in processes):
         late = seconds is not None and time.monotonic() - started > seconds
         failed = any(process.poll() for process in processes)
+        if late and not failed:
+            before()
         if late or failed:
             for process in processes:
                 if process.poll() is None:
@@ -168,7 +177,10 @@ def summary(arguments: argparse.Namespace, seconds: float) -> dict:
     found |= {"torch": torch.__version__, "seed": arguments.seed, "cores": os.cpu_count()}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     for name, stage in (("vae", "vae"), ("stage1", "1"), ("stage2", "2")):
-        lines = (Path(arguments.out) / "training" / name / "log.jsonl").read_text().splitlines()
+        log = Path(arguments.out) / "training" / name / "log.jsonl"
+        if not log.exists():  # the VAE of --start
+            continue
+        lines = log.read_text().splitlines()
         last = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
         draws = len(lines) * BATCH[stage][not torch.cuda.is_available()]
         found[name] = {"steps": len(lines), "draws": draws, "loss": round(sum(last) / len(last), 4)}
@@ -184,7 +196,7 @@ def card(arguments: argparse.Namespace, record: dict, figures: str) -> str:
     lines += [f"{record['clips']:,} distinct clips, {size}: {arguments.scenario}.", ""]
     lines += ["| part | steps | clips drawn | loss, last tenth |", "|---|---|---|---|"]
     for name in ("vae", "stage1", "stage2"):
-        part = record[name]
+        part = record.get(name, {"steps": 0, "draws": 0, "loss": "as it was"})
         lines.append(f"| {name} | {part['steps']:,} | {part['draws']:,} | {part['loss']} |")
     return "\n".join([*lines, "", "## Figures", "", figures or "Not measured.", ""])
 
@@ -202,12 +214,15 @@ def main() -> None:
     (out / "clips").mkdir(parents=True, exist_ok=True)
     with simulating(arguments) as simulator:
         wait_for_clips(arguments, simulator)
-        finish([training(arguments, "vae", VAE_SHARE * minutes)])
-    left = (1 - VAE_SHARE) * minutes
+        if not arguments.start:
+            finish([training(arguments, "vae", VAE_SHARE * minutes)])
+    left = minutes if arguments.start else (1 - VAE_SHARE) * minutes
     with simulating(arguments) if arguments.workers > 2 else nullcontext() as simulator:
-        for part in range(ROUNDS if simulator else 1, 0, -1):
+        encode(arguments)
+        more = simulator and len(clips_of(arguments)) < arguments.clips
+        for part in range(ROUNDS if more else 1, 0, -1):
             pair = [training(arguments, stage, left) for stage in STAGES]
-            finish(pair, None if part == 1 else 60 * left / ROUNDS)
+            finish(pair, None if part == 1 else 60 * left / ROUNDS, partial(encode, arguments))
     record = summary(arguments, time.monotonic() - started)
     (out / "make.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))

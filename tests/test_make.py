@@ -13,6 +13,7 @@ import torch
 from tiny import TINY, moving_squares
 
 import train
+from clips import encode
 from motion_dreamer import MotionDreamer
 from svd import VAE
 
@@ -40,9 +41,16 @@ def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monk
         train.main()
         return SimpleNamespace(poll=lambda: 0, returncode=0)
 
+    def called(words, **_):
+        run.append([*words[2:], "--stage", "latents"])
+        monkeypatch.setattr(sys, "argv", words[2:])
+        encode.main()
+        return SimpleNamespace(returncode=0)
+
     monkeypatch.setitem(train.PRESETS, "tiny", TINY)
     monkeypatch.setattr(make, "simulating", two_squares)
     monkeypatch.setattr(make.subprocess, "Popen", popen)
+    monkeypatch.setattr(make.subprocess, "run", called)
     told = ["--minutes", 0.01, "--preset", "tiny", "--frames", 3, "--first", 4, "--workers", 1]
     monkeypatch.setattr(make, "measured", lambda _, model: f"figures of {model.name}")
 
@@ -51,7 +59,7 @@ def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monk
         make.main()
 
     made("--out", tmp_path / "out", "--export", tmp_path / "shipped")
-    assert [words[words.index("--stage") + 1] for words in run] == ["vae", "1", "2"]
+    assert [words[words.index("--stage") + 1] for words in run] == ["vae", "latents", "1", "2"]
     record = json.loads((tmp_path / "out" / "make.json").read_text())
     assert record["clips"] == 4 and all(record[name]["steps"] for name in ("vae", "stage1", "stage2"))
     assert [record[name]["draws"] / record[name]["steps"] for name in ("vae", "stage1", "stage2")] == [2, 4, 4]
@@ -64,12 +72,16 @@ def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monk
     assert stages[0].config.told and stages[1].config.draft and stages[0].config.frames == 3
     run.clear()
     made("--out", tmp_path / "more", "--start", tmp_path / "shipped")
-    assert [words[words.index("--start") + 1] for words in run] == [str(tmp_path / "shipped")] * 3
+    assert [words[words.index("--stage") + 1] for words in run] == ["latents", "1", "2"]
+    assert [words[words.index("--start") + 1] for words in run[1:]] == [str(tmp_path / "shipped")] * 2
+    kept = VAE.from_pretrained(tmp_path / "more", "vae", dtype=torch.float16)
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in kept.state_dict().items())
+    assert "| vae | 0 | 0 | as it was |" in (tmp_path / "more" / "card.md").read_text()
 
 
 def test_workers_simulate_until_the_block_ends(tmp_path):
     words = {"scenario": "dominoes,collide", "size": "16x8", "frames": 1, "seed": 0, "workers": 1}
-    arguments = SimpleNamespace(out=str(tmp_path), first=2, **words)
+    arguments = SimpleNamespace(out=str(tmp_path), first=2, clips=1000, **words)
     with make.simulating(arguments) as simulator:
         make.wait_for_clips(arguments, simulator)
     assert simulator.poll() is not None
@@ -89,11 +101,13 @@ def test_where_one_training_fails_the_others_are_told_to_end():
 
 
 def test_a_round_ends_with_a_save_and_without_an_error():
-    """SIGTERM is what train.py saves for."""
+    """SIGTERM is what train.py saves for. What the next round needs is made while this one goes on."""
+    done = []
     words = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\ntime.sleep(60)"
     started = time.monotonic()
-    make.finish([process(words), process(words)], seconds=3)
-    assert 3 <= time.monotonic() - started < 30
+    going = [process(words), process(words)]
+    make.finish(going, seconds=3, before=lambda: done.append([training.poll() for training in going]))
+    assert 3 <= time.monotonic() - started < 30 and done == [[None, None]]
 
 
 def test_a_simulator_that_ends_is_said(tmp_path):
