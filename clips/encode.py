@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from clips import ClipDataset
 from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, MotionDreamer, build
@@ -25,7 +24,7 @@ from sources import expand_home, read_config
 from svd import VAE, ImageEncoder
 from training.cache import CachedClips
 from training.presets import PRESETS
-from training.processes import Machine, start_process
+from training.processes import Machine, end, start_process
 
 STAGES = {"1": STAGE1, "2": STAGE2, "one": ONE_STAGE}  # as in train.py
 
@@ -104,10 +103,10 @@ def main() -> None:
     try:
         machine = start_process(0, arguments.precision)
         told = encode(arguments, machine)
-        if machine.world_size > 1:
-            dist.destroy_process_group()
         if machine.rank == 0:
             print(told)
+        if machine.world_size > 1:
+            end(0)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"clips.encode: {line.removeprefix('ValueError: ')}", file=sys.stderr)

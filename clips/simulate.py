@@ -33,9 +33,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import mujoco
@@ -349,26 +351,28 @@ def jobs_of(arguments: argparse.Namespace) -> list[tuple]:
     return jobs
 
 
-def clean_up_at_sigterm() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+def leave_signals_to_parent() -> None:
+    """In a worker, which ends with its parent, however that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
-def processes(count: int) -> Iterator[Pool]:
-    """Workers that leave Ctrl-C to this process. It ends them, also at SIGTERM, and each removes what it has half
-    written."""
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Workers that leave Ctrl-C and SIGTERM to this process: told to stop, each finishes the clip that it is at."""
     others = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), leave_signals_to_parent)
     try:
         own = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that
         try:
-            pool = multiprocessing.get_context("spawn").Pool(count, clean_up_at_sigterm)
+            for _ in range(count):
+                pool.submit(int)  # starts another one, since none is idle yet
         finally:
             signal.signal(signal.SIGINT, own)
-        with pool:
-            yield pool
-            pool.close()
-            pool.join()  # all is done: they end by themselves, and say nothing
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, others)
 
 
@@ -378,10 +382,13 @@ def main() -> None:
         jobs = jobs_of(arguments)
         Path(arguments.folder).mkdir(parents=True, exist_ok=True)
         with processes(arguments.workers) as pool:
-            for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=4), total=len(jobs), unit="clip"):
+            for _ in tqdm(pool.map(write_clip, jobs), total=len(jobs), unit="clip"):
                 pass
     except (ValueError, OSError) as error:
         print(f"clips.simulate: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenProcessPool:
+        print("clips.simulate: a worker was killed; the same command goes on from here", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("clips.simulate: stopped; the same command goes on from here", file=sys.stderr)

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,6 @@ from clips import simulate as simulate_script
 from clips.scenes import BY_THEMSELVES
 from clips.simulate import SCENARIOS, draw_scene, is_still, project, simulate, tracks
 from clips.traffic import CASES
-from weights import whole_file
 
 SIZE = (96, 48)
 
@@ -365,9 +366,7 @@ def run(*arguments):
 class Here:
     """A pool of no processes: starting one takes seconds."""
 
-    @staticmethod
-    def imap_unordered(work, jobs, chunksize):
-        return map(work, jobs)
+    map = map
 
 
 def run_here(monkeypatch, *arguments):
@@ -467,36 +466,51 @@ def test_clips_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch, to
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_ctrl_c_is_one_line_and_leaves_whole_clips(tmp_path):
-    """A terminal sends it to all processes at once."""
-    words = ["--clips", "2000", "--size", "24x16", "--frames", "2", "--workers", "1"]
+def started(folder):
+    """clips.simulate of many clips, two workers, in a process group of its own, when it has written a clip."""
+    words = ["--clips", "2000", "--size", "24x16", "--frames", "2", "--workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "clips.simulate", tmp_path / "clips", *words],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-m", "clips.simulate", folder, *words], stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would not hear it
     )  # fmt: skip
-    try:
-        while not list(tmp_path.glob("clips/*.safetensors")):
-            time.sleep(0.05)
-            assert process.poll() is None
-        os.killpg(process.pid, signal.SIGINT)
-        told = process.communicate(timeout=100)[1]  # until no worker is left that holds it
-    finally:
-        process.kill()
-    lines = [line for line in re.split(r"[\r\n]", told) if line.strip() and not re.search(r"clip(/s)?\]", line)]
-    assert process.returncode == 130
-    assert lines == ["clips.simulate: stopped; the same command goes on from here"]
-    assert {path.suffix for path in (tmp_path / "clips").iterdir()} == {".safetensors"}
+    while not list(folder.glob("*.safetensors")):
+        time.sleep(0.05)
+        assert process.poll() is None
+    return process
 
 
-def test_a_worker_that_is_ended_removes_what_it_has_half_written(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    simulate_script.clean_up_at_sigterm()
+def said_at_the_end(process):
+    """What it said, when nobody is left that could say more; without the bar."""
     try:
-        with pytest.raises(SystemExit), whole_file(tmp_path / "a") as partial:
-            partial.write_text("half")
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
+        told = process.communicate(timeout=60)[1]
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert not list(tmp_path.iterdir())
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return [line for line in re.split(r"[\r\n]", told) if line.strip() and not re.search(r"clip(/s)?\]", line)]
+
+
+STOPPED = "clips.simulate: stopped; the same command goes on from here"
+KILLED = "clips.simulate: a worker was killed; the same command goes on from here"
+
+
+@pytest.mark.parametrize(
+    ("number", "reached", "code", "lines"),
+    [
+        (signal.SIGINT, "all", 130, [STOPPED]),  # as a terminal sends it
+        (signal.SIGTERM, "first", 130, [STOPPED]),
+        (signal.SIGKILL, "first", -9, None),  # its workers end by themselves
+        (signal.SIGKILL, "worker", 2, [KILLED]),
+    ],
+)
+def test_ctrl_c_and_its_like_are_one_line_and_leave_whole_clips(tmp_path, number, reached, code, lines):
+    process = started(tmp_path / "clips")
+    if reached == "worker":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        os.kill(int(children.read_text().split()[-1]) if children.exists() else pytest.skip("of Linux"), number)
+    else:
+        (os.killpg if reached == "all" else os.kill)(process.pid, number)
+    told = said_at_the_end(process)
+    assert (lines is None or told == lines) and process.returncode == code
+    if number != signal.SIGKILL:
+        assert {path.suffix for path in (tmp_path / "clips").iterdir()} == {".safetensors"}
