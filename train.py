@@ -359,12 +359,12 @@ def train(arguments: argparse.Namespace) -> None:
     # What was learned is saved, whether the run is complete or was told to stop.
     save(arguments, machine, task, learner, settings, dataset)
     bar.close()
-    if machine.world_size > 1:
-        dist.destroy_process_group()
     if machine.rank == 0:
         more = "; run the same command to go on" if share_done(arguments, learner) < 1 else ""
         of = f"steps in {learner.seconds / 60:.1f} minutes" if arguments.minutes else f"of {arguments.steps} steps"
         print(f"{out / task.name}: {learner.step} {of}{more}")
+    if machine.world_size > 1:
+        end(0)
 
 
 def main() -> None:

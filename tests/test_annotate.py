@@ -708,7 +708,8 @@ def test_torchrun_does_not_end_a_process_at_work_when_another_has_failed(many, t
         "annotate.annotate_video = slow\nannotate.main()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     words = [str(word) for word in (*launch, many.folder, *many.words)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
     assert done.returncode and "3 of 3 videos done" in done.stdout and "1 of 2 videos done" in done.stdout

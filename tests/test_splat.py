@@ -346,11 +346,13 @@ def test_a_forked_child_splats_too():
         code = 1
         try:
             inside = x.clone().requires_grad_()
-            softsplat(inside, flow, metric).sum().backward()
+            if not torch.cuda.is_initialized():  # torch has no backward pass in a child of a process that used a GPU
+                softsplat(inside, flow, metric).sum().backward()
+                assert inside.grad.isfinite().all()
             torch.testing.assert_close(softsplat(x, flow, metric), expect)
             with pytest.raises(ValueError, match="backend: 'numba' cannot run in a forked process"):
                 softsplat(x, flow, metric, backend="numba")
-            code = 0 if inside.grad.isfinite().all() else 2
+            code = 0
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0

@@ -110,8 +110,11 @@ def from_all(value: Any) -> list[Any]:  # noqa: ANN401
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process. One of several ends at once: threads that still wait for the others could abort it."""
+    """Ends this process. One of several ends at once: a thread of torch's that outlives the interpreter, or still waits
+    for the others, could abort it."""
     if dist.is_initialized():
+        if not code:
+            dist.destroy_process_group()  # after an error, others may still wait in it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
