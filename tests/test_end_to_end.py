@@ -25,8 +25,8 @@ def trained(tmp_path_factory):
     monkeypatch.setitem(train.PRESETS, "tiny", TINY | {"stack": 1})  # eight channels are few for stacked latents
     moving_squares(0).save(folder / "data" / "clip.safetensors")
     told = ("--preset", "tiny", "--data", folder / "data", "--out", folder / "model", "--quiet")
-    told += ("--lr", "5e-3", "--ema", "0.98", "--cooldown", "0.5")
-    for stage, batch, steps in (("vae", 1, 400), ("1", 4, 120), ("2", 4, 140)):
+    told += ("--lr", "1e-2", "--ema", "0.98", "--cooldown", "0.5")
+    for stage, batch, steps in (("vae", 1, 300), ("1", 2, 100), ("2", 2, 120)):
         run_train(monkeypatch, "--stage", stage, *told, "--batch", batch, "--steps", steps)
     monkeypatch.undo()
     return folder / "model", Clip.load(folder / "data" / "clip.safetensors").tensors()

@@ -363,7 +363,8 @@ def test_i3d_is_called_as_published(tmp_path):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-SIZES = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}  # of the models in `folders`
+# Of the models in `folders`.
+SIZES = {"vae_factor": 4, "latent_channels": 16, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from training.sampler import one_arrow
 simulate = pytest.importorskip("clips.simulate")
 from clips import Clip  # noqa: E402 (after the simulator, without which nothing here runs)
 
-SIZES = {"vae_factor": 2, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}  # of the model that is measured
+# Of the model that is measured.
+SIZES = {"vae_factor": 4, "latent_channels": 16, "frames": 16, "width": 32, "height": 16, "sigma_max": 80.0}
 
 # ------------------------------------------------------------------------------------------------ who will be hit
 

@@ -466,9 +466,9 @@ def test_clips_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch, to
     assert list(tmp_path.iterdir()) == [file]
 
 
-def started(folder):
-    """clips.simulate of many clips, two workers, in a process group of its own, when it has written a clip."""
-    words = ["--clips", "2000", "--size", "24x16", "--frames", "2", "--workers", "2"]
+def started(folder, workers):
+    """clips.simulate of many clips, in a process group of its own, when it has written a clip."""
+    words = ["--clips", "2000", "--size", "24x16", "--frames", "2", "--workers", str(workers)]
     process = subprocess.Popen(
         [sys.executable, "-m", "clips.simulate", folder, *words], stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -495,16 +495,16 @@ KILLED = "clips.simulate: a worker was killed; the same command goes on from her
 
 
 @pytest.mark.parametrize(
-    ("number", "reached", "code", "lines"),
+    ("number", "reached", "workers", "code", "lines"),
     [
-        (signal.SIGINT, "all", 130, [STOPPED]),  # as a terminal sends it
-        (signal.SIGTERM, "first", 130, [STOPPED]),
-        (signal.SIGKILL, "first", -9, None),  # its workers end by themselves
-        (signal.SIGKILL, "worker", 2, [KILLED]),
+        (signal.SIGINT, "all", 2, 130, [STOPPED]),  # as a terminal sends it; the second worker may not be ready yet
+        (signal.SIGTERM, "first", 1, 130, [STOPPED]),
+        (signal.SIGKILL, "first", 1, -9, None),  # its workers end by themselves
+        (signal.SIGKILL, "worker", 1, 2, [KILLED]),
     ],
 )
-def test_ctrl_c_and_its_like_are_one_line_and_leave_whole_clips(tmp_path, number, reached, code, lines):
-    process = started(tmp_path / "clips")
+def test_ctrl_c_and_its_like_are_one_line_and_leave_whole_clips(tmp_path, number, reached, workers, code, lines):
+    process = started(tmp_path / "clips", workers)
     if reached == "worker":
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         os.kill(int(children.read_text().split()[-1]) if children.exists() else pytest.skip("of Linux"), number)
