@@ -704,7 +704,7 @@ def test_torchrun_does_not_end_a_process_at_work_when_another_has_failed(many, t
     script = tmp_path / "slow.py"
     script.write_text(
         "import os, time\nfrom clips import annotate\nfast = annotate.annotate_video\n"
-        "def slow(*told):\n    time.sleep(1.5 * (os.environ['RANK'] == '0'))\n    return fast(*told)\n"
+        "def slow(*told):\n    time.sleep(0.7 * (os.environ['RANK'] == '0'))\n    return fast(*told)\n"
         "annotate.annotate_video = slow\nannotate.main()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]

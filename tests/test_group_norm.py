@@ -66,7 +66,7 @@ def check(x, groups, weight, bias, g, silu, tolerance, dtype=None):
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(
     ("N", "S", "C", "groups"),
-    [(3, 37, 12, 4), (2, 45, 40, 4), (1, 61, 60, 2), (2, 1, 16, 2), (5, 8, 8, 8), (1, 4, 7, 1), (2, 130, 24, 3)],
+    [(3, 37, 12, 4), (2, 45, 40, 4), (1, 61, 60, 2), (2, 1, 16, 2), (5, 8, 8, 8), (1, 4, 7, 1), (2, 66, 24, 3)],
 )
 def test_equals_torch(small, N, S, C, groups, silu):
     x, weight, bias, g = case(N, S, C)
@@ -84,7 +84,7 @@ def test_blocks_of_the_real_size():
 @pytest.mark.parametrize("offset", [1000.0, -1000.0])
 def test_a_large_mean_costs_no_digits(small, offset):
     """Squares of 1000 in float32 are good to 0.06, and the variance is 1."""
-    x, weight, bias, g = case(2, 203, 24, offset=offset)
+    x, weight, bias, g = case(2, 67, 24, offset=offset)
     check(x, 2, weight, bias, g, True, 5e-4)  # 1000 itself is good to 0.00006
 
 
@@ -119,7 +119,7 @@ def test_autocast_sets_the_dtype_of_the_result(small, monkeypatch):
 
 @needs_triton
 def test_gradients_of_some_inputs_only(small):
-    x, weight, bias, g = case(2, 21, 12)
+    x, weight, bias, g = case(2, 5, 12)
     full = given(x, 3, weight, bias, g, True)[1:]
     for wanted in range(1, 8):
         inputs = [t.detach().requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate((x, weight, bias))]
