@@ -150,9 +150,12 @@ def finish(
 
 
 def wait_for_clips(arguments: argparse.Namespace, simulator: subprocess.Popen) -> None:
-    while len(clips_of(arguments)) < arguments.first:
+    """Until there are --first of them. Where the VAE is known, the latents of those that come are made meanwhile."""
+    while (count := len(clips_of(arguments))) < arguments.first:
         if simulator.poll() is not None:
             sys.exit(f"make.py: {Path(arguments.out) / 'simulate.txt'}: the simulator ended")
+        if count and arguments.start:
+            encode(arguments)
         time.sleep(0.2)
 
 

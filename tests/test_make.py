@@ -81,12 +81,31 @@ def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monk
 
 def test_workers_simulate_until_the_block_ends(tmp_path):
     words = {"scenario": "dominoes,collide", "size": "16x8", "frames": 1, "seed": 0, "workers": 1}
-    arguments = SimpleNamespace(out=str(tmp_path), first=2, clips=1000, **words)
+    arguments = SimpleNamespace(out=str(tmp_path), first=2, clips=1000, start=None, **words)
     with make.simulating(arguments) as simulator:
         make.wait_for_clips(arguments, simulator)
     assert simulator.poll() is not None
     assert {path.name.split("_")[0] for path in make.clips_of(arguments)} <= {"dominoes", "collide"}
     assert len(make.clips_of(arguments)) >= 2
+
+
+def test_latents_are_made_while_clips_come(tmp_path, monkeypatch):
+    """Where the VAE is known, from the first clip on, until there are enough."""
+    (tmp_path / "clips").mkdir()
+    seen = []
+
+    def encode(arguments):
+        seen.append(len(make.clips_of(arguments)))
+        moving_squares(seen[-1], 2).save(tmp_path / "clips" / f"{seen[-1]}.safetensors")
+
+    def sleep(_):
+        if not seen:
+            moving_squares(9, 2).save(tmp_path / "clips" / "9.safetensors")
+
+    monkeypatch.setattr(make, "encode", encode)
+    monkeypatch.setattr(make.time, "sleep", sleep)
+    make.wait_for_clips(SimpleNamespace(out=str(tmp_path), first=3, start="demo"), SimpleNamespace(poll=lambda: None))
+    assert seen == [1, 2]
 
 
 def process(words):
