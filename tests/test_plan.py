@@ -129,7 +129,8 @@ def dry(monkeypatch, capsys, *told):
 def test_the_command_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(plan.PRESETS, "tiny", TINY)
     told = ("--preset", "tiny", "--out", tmp_path / "out")
-    small = dry(monkeypatch, capsys, "--stage", 2, *told, "--data", "none", "--set", "width=48", "height=32")
+    alone = ("--dry-run", 1, "--stage", 2, *told, "--data", "none")
+    small = dry(monkeypatch, capsys, *alone, "--set", "width=48", "height=32")
     assert small[0].startswith("14 frames of 48x32, batch 8, bf16: ")
     large = dry(monkeypatch, capsys, "--stage", 2, *told, "--data", "none", "--precision", "fp32")
     assert large[0].startswith("14 frames of 512x320, batch 8, fp32")
@@ -137,8 +138,9 @@ def test_the_command_says_what_it_would_take_and_writes_nothing(monkeypatch, cap
     parts = ("weights", "AdamW", "moving average", "VAE, image tower", "activations and gradients, at most")
     assert large[1]["the same with --shard"][0] < large[1]["peak of each of 8 processes"][0]
     assert large[1]["peak"][0] == pytest.approx(sum(large[1][name][0] for name in parts), abs=0.003)
-    draft = ("--data", "none", "--frames", 7, "--set", "draft=true", "show_flow=true", "width=48", "height=32")
-    assert dry(monkeypatch, capsys, "--stage", 2, *told, *draft)[0].startswith("7 frames of 48x32")
+    assert not small[1].keys() & {"the same with --shard", "peak of each of 1 processes"}
+    draft = ("--frames", 7, "--set", "draft=true", "show_flow=true", "width=48", "height=32")
+    assert dry(monkeypatch, capsys, *alone, *draft)[0].startswith("7 frames of 48x32")
     assert not (tmp_path / "out").exists()
 
 
@@ -146,6 +148,7 @@ def test_the_full_size_is_that_of_a_gpu_within_a_tenth(monkeypatch, capsys, tmp_
     """Measured on an H200, 14 frames of 512x320, batch 1, bf16, without the moving average: 47.6 and 29.9 GB, and
     without the frozen networks."""
     told = ("--stage", 1, "--data", "none", "--out", tmp_path / "out", "--init", "some/repository", "--batch", 1)
+    told += ("--dry-run", 1)
     head, rows = dry(monkeypatch, capsys, *told)
     assert head.startswith("14 frames of 512x320, batch 1, bf16: 1,539,115,830 parameters")
     assert rows["weights"] == [pytest.approx(6.156)] * 2

@@ -203,6 +203,8 @@ def table(stage: MotionDreamer, encoders: Sequence[nn.Module], arguments: argpar
     for stage.unet.gradient_checkpointing in (False, True):
         batch = batch_of_sizes(stage, arguments.batch)
         plans.append(plan_step(stage, batch, bf16, arguments.accumulate))
+        if arguments.dry_run == 1:
+            continue
         held = plans[-1] if arguments.accumulate > 1 else plan_step(stage, batch, bf16, accumulate=2)
         several.append(each_of(arguments.dry_run, plans[-1], held, largest_blocks(stage), arguments.accumulate))
     frozen = 4 * sum(value.numel() for encoder in encoders for value in encoder.parameters())
@@ -215,9 +217,10 @@ def table(stage: MotionDreamer, encoders: Sequence[nn.Module], arguments: argpar
         "gradients, after the backward pass": [plan.gradients for plan in plans],
         "activations and gradients, at most": [plan.step for plan in plans],
         "peak": [plan.peak + frozen for plan in plans],
-        f"peak of each of {arguments.dry_run} processes": [whole + frozen for whole, _ in several],
-        "the same with --shard": [shared + frozen for _, shared in several],
     }
+    if several:
+        rows[f"peak of each of {arguments.dry_run} processes"] = [whole + frozen for whole, _ in several]
+        rows["the same with --shard"] = [shared + frozen for _, shared in several]
     sizes = f"{config.frames} frames of {config.width}x{config.height}, batch {arguments.batch}"
     counts = f"{plans[0].weights // 4:,} parameters, {plans[0].gradients // 4:,} of them trained"
     lines = [f"{sizes}, {'bf16' if bf16 else 'fp32'}: {counts}", f"{'GB, an estimate':36}     as is  --checkpointing"]
