@@ -287,6 +287,8 @@ def dry_run(arguments: argparse.Namespace) -> None:
     """Prints what a step of this command takes of memory. Where --data has no clips, --set has their sizes."""
     if arguments.stage == "vae":
         raise ValueError("--dry-run: of --stage 1, 2 and one, not of the VAE")
+    if arguments.dry_run < 1:
+        raise ValueError(f"--dry-run {arguments.dry_run}: expected 1 process at least")
     clips, vae, image_encoder, started, unet = parts_without_weights(arguments)
     config = stage_config(arguments, clips, vae, started)
     with torch.device("meta"):
@@ -370,7 +372,7 @@ def train(arguments: argparse.Namespace) -> None:
 def main() -> None:
     try:
         arguments = parse_arguments()
-        (dry_run if arguments.dry_run else train)(arguments)
+        (train if arguments.dry_run is None else dry_run)(arguments)
         return
     except (ValueError, OSError, FloatingPointError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
