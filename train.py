@@ -62,6 +62,9 @@ from training.task import Task, stage_config, stage_task, vae_task
 # steps): what is new and starts at zero finds its size before SVD's weights move at full rate.
 RECIPE = {"lr": (5e-4, 1e-5), "warmup": (100, 500), "ema": (0.999, 0.9999)}
 STAGES_ONLY = ("ablation", "set", "init", "train", "drop", "unmark", "no_cache", "checkpointing", "shard")
+LEAST = {"frames": 1, "dry_run": 1, "steps": 1, "batch": 1, "accumulate": 1, "lr": 0, "warmup": 0, "weight_decay": 0}
+LEAST |= {"seed": 0, "workers": 0, "save_every": 1, "keep": 1, "val_every": 1, "val_samples": 0, "sample_every": 0}
+SHARES, ABOVE_0 = ("cooldown", "ema", "drop", "unmark"), ("minutes", "clip_grad")
 IGNORED = {"vae": ("1, 2 and one, not of the VAE", STAGES_ONLY), "one": ("1 and 2, not of one", ("ablation",))}
 
 
@@ -120,6 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     log.add_argument("--sample-every", type=int, default=2000, help="steps; pictures of one clip; 0 = never")
     log.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = expand_home(parser.parse_args())
+    check_numbers(arguments)
     others, names = IGNORED.get(arguments.stage, ("", ()))
     ignored = dict.fromkeys(names, f"of --stage {others}, where it would be ignored")
     if not arguments.val:
@@ -132,6 +136,17 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(arguments, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: {why}")
     return with_recipe(arguments)
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for a number that has no meaning; None is whatever another flag says."""
+    expected = {name: (least, math.inf, f"{least} at least") for name, least in LEAST.items()}
+    expected |= {name: (0, math.nextafter(1, 2), "a share from 0 to 1") for name in SHARES}
+    expected |= {name: (math.ulp(0), math.inf, "a number above 0") for name in ABOVE_0}
+    for name, (least, limit, words) in expected.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value < limit:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: expected {words}")
 
 
 def with_recipe(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -287,8 +302,6 @@ def dry_run(arguments: argparse.Namespace) -> None:
     """Prints what a step of this command takes of memory. Where --data has no clips, --set has their sizes."""
     if arguments.stage == "vae":
         raise ValueError("--dry-run: of --stage 1, 2 and one, not of the VAE")
-    if arguments.dry_run < 1:
-        raise ValueError(f"--dry-run {arguments.dry_run}: expected 1 process at least")
     clips, vae, image_encoder, started, unet = parts_without_weights(arguments)
     config = stage_config(arguments, clips, vae, started)
     with torch.device("meta"):
@@ -305,8 +318,8 @@ def check_flags(arguments: argparse.Namespace, machine: Machine) -> None:
         raise ValueError("--cuda-graph: of one process on a GPU, without --accumulate")
     if arguments.cuda_graph and (arguments.checkpointing or arguments.stage == "vae" or arguments.no_cache):
         raise ValueError("--cuda-graph: of a stage with cached latents, without --checkpointing")
-    if arguments.minutes is not None and not (arguments.minutes > 0 and machine.world_size == 1):
-        raise ValueError(f"--minutes {arguments.minutes:g}: expected a number above 0, of one process")
+    if arguments.minutes is not None and machine.world_size > 1:
+        raise ValueError(f"--minutes {arguments.minutes:g}: of one process, not of {machine.world_size}")
     if arguments.decoder_only and arguments.stage != "vae":
         raise ValueError(f"--decoder-only: of --stage vae, not of {arguments.stage}")
 

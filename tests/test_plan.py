@@ -176,14 +176,6 @@ def test_sizes_come_from_what_is_there(monkeypatch, capsys, tmp_path):
     assert dry(monkeypatch, capsys, *told)[0].startswith("5 frames of 24x16")
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_no_process_is_refused_in_one_line(monkeypatch, capsys, tmp_path, count):
-    with pytest.raises(SystemExit) as stop:
-        dry(monkeypatch, capsys, "--stage", 1, "--data", "none", "--out", tmp_path / "out", "--dry-run", count)
-    assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    assert capsys.readouterr().err == f"train.py: --dry-run {count}: expected 1 process at least\n"
-
-
 def test_the_vae_is_refused_in_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         dry(monkeypatch, capsys, "--stage", "vae", "--data", "none", "--out", tmp_path)

@@ -205,13 +205,6 @@ def test_with_minutes_the_clock_ends_the_run_and_the_learning(monkeypatch, clips
     assert "10 steps in 5.0 minutes\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("minutes", ["0", "-1"])
-def test_minutes_that_are_none_are_refused(monkeypatch, clips, out, capsys, minutes):
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, clips, out, "--minutes", minutes)
-    assert stop.value.code == 2 and f"--minutes {minutes}: expected" in capsys.readouterr().err
-
-
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_as_if_never_stopped(
     monkeypatch, clips, out, tmp_path, capsys
 ):
@@ -761,6 +754,7 @@ MISTAKES = {
     "sizes from nothing": (nothing, ["--start", "m", "--preset", "tiny"], "--preset: of a model from nothing"),
     "sizes, though SVD's": (nothing, ["--init", "m", "--preset", "tiny"], "--preset: of a model from nothing"),
     "nothing to look at": (nothing, ["--val-every", "9"], "--val-every: of --val, without which it would be ignored"),
+    "no save": (nothing, ["--save-every", "0"], "--save-every 0: expected 1 at least"),
     "unknown field": (nothing, ["--set", "speed=3"], "--set speed=3"),
     "bad value": (nothing, ["--set", "mask_ratio=high"], "'high' is not a float"),
     "fields of a VAE": (
@@ -784,6 +778,26 @@ MISTAKES = {
     "former checkpoint": (former, [], "step_00000003.pt: of a former version, not read any more"),
     "bad choice": (nothing, ["--set", "control=magic"], "magic"),
 }
+
+
+@pytest.mark.parametrize("name", [*train.LEAST, *train.SHARES, *train.ABOVE_0])
+def test_numbers_without_a_meaning_are_one_line(monkeypatch, clips, out, capsys, name):
+    """Below what is possible, above it, and not a number at all; what is just possible passes."""
+    least = train.LEAST.get(name, 0)
+    wrong = ["-1", str(least - 1), "nan", "inf", "1.1" if name in train.SHARES else "-2"]
+    wrong += ["0"] if name in train.ABOVE_0 else []
+    flag, val = "--" + name.replace("_", "-"), ["--val", clips] if name.startswith("val_") else []
+    for text in wrong:
+        monkeypatch.setattr(sys, "argv", ["train.py", *command(clips, out, *val, flag, text)])
+        with pytest.raises((SystemExit, ValueError)) as stop:
+            train.parse_arguments()
+        if stop.type is ValueError:
+            assert str(stop.value).startswith(f"{flag} {float(text):g}: expected ")
+        else:
+            assert stop.value.code == 2 and f"argument {flag}: " in capsys.readouterr().err  # no whole number
+    value = "0.5" if name in train.ABOVE_0 else str(least)
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(clips, out, *val, flag, value)])
+    assert getattr(train.parse_arguments(), name) == float(value)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
