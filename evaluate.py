@@ -424,9 +424,10 @@ def fill_in(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--steps {arguments.steps}: with --minutes it would be ignored")
     if arguments.table == 2 and arguments.told != "arrow":
         raise ValueError(f"--told {arguments.told}: --table 2 has rows of both")
-    for name in ("clips", "frames", "samples", "sampling_steps", "batch", "train_batch", "steps", "seeds"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 at least")
+    counts = ("clips", "frames", "samples", "sampling_steps", "batch", "train_batch", "steps", "seeds")
+    for name, least in {"seed": 0, **dict.fromkeys(counts, 1)}.items():
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} at least")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ValueError(f"--minutes {arguments.minutes:g}: expected a number above 0")
     if arguments.videos and "demo" in arguments.metrics:

@@ -214,6 +214,8 @@ class ClipDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder: str | os.PathLike, frames: int | None = None) -> None:
+        if frames is not None and frames < 1:
+            raise ValueError(f"frames is {frames}, expected 1 at least")
         self.paths = find_clips(folder)
         shapes, rates = zip(*map(clip_header, self.paths), strict=True)
         self.lengths, self.fps = [shape[0] for shape in shapes], statistics.mode(rates)

@@ -245,6 +245,9 @@ def test_dataset_names_the_clip_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="b.safetensors: is 8x7, the first clip of its folder 9x7"):
         ClipDataset(tmp_path)
     random_clip(1, frames=3).save(tmp_path / "b.safetensors")
+    for frames in (0, -1):
+        with pytest.raises(ValueError, match=f"frames is {frames}, expected 1 at least"):
+            ClipDataset(tmp_path, frames)
     with pytest.raises(ValueError, match="b.safetensors: has 3 frames, 5 are needed"):
         ClipDataset(tmp_path)
     (tmp_path / "b.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")

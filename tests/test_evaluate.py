@@ -1094,6 +1094,7 @@ def test_a_flag_that_would_be_ignored_is_refused(monkeypatch, task, taken):
         (["--data", "{short}"], "4 frames, 16 are needed"),
         (["--metrics", "fid"], "fid"),
         (["--clips", "0"], "1 at least"),
+        (["--seed", "-1"], "--seed -1: expected 0 at least"),
         (["--metrics", "fvd", "--i3d", "missing.pt"], "missing.pt"),
         (["--metrics", "fvmd", "--trackers", "pips", "--pips", "missing.pth"], "missing.pth"),
         (["--trackers", "magic"], "magic"),
