@@ -44,6 +44,7 @@ from training.processes import (
     Machine,
     StopSignal,
     check_shared,
+    claim,
     end,
     from_all,
     leave_process_group,
@@ -333,6 +334,7 @@ def train(arguments: argparse.Namespace) -> None:
     check_shared(out)
     task = vae_task(arguments, machine) if arguments.stage == "vae" else stage_task(arguments, machine, dataset)
     folder = out / "training" / task.name
+    claimed = claim(folder)
     learner = make_learner(arguments, machine, task)
     settings = resume(arguments, machine, learner, folder)
     wrap(arguments, machine, learner)
@@ -371,9 +373,11 @@ def train(arguments: argparse.Namespace) -> None:
                     write_samples(folder / "samples" / f"step_{step:08d}.png", sampled(task, average, clip), clip)
             learner.seconds += time.perf_counter() - trained
 
-    # What was learned is saved, whether the run is complete or was told to stop.
-    save(arguments, machine, task, learner, settings, dataset)
+        # What was learned is saved, whether the run is complete or was told to stop.
+        save(arguments, machine, task, learner, settings, dataset)
     bar.close()
+    if claimed:
+        claimed.close()
     if machine.rank == 0:
         more = "; run the same command to go on" if share_done(arguments, learner) < 1 else ""
         of = f"steps in {learner.seconds / 60:.1f} minutes" if arguments.minutes else f"of {arguments.steps} steps"

@@ -130,21 +130,21 @@ def encode(arguments: argparse.Namespace) -> None:
 def finish(
     processes: list[subprocess.Popen], seconds: float | None = None, before: Callable[[], None] = lambda: None
 ) -> None:
-    """Waits for trainings; after `seconds`, and `before`, they are told to save and end. Ends with them where one has
-    failed."""
+    """Waits for trainings; after `seconds`, and `before`, they are told to save and end. So they are where one of them
+    has failed, or this program: then it ends with them."""
     started = time.monotonic()
-    while any(process.poll() is None for process in processes):
-        late = seconds is not None and time.monotonic() - started > seconds
-        failed = any(process.poll() for process in processes)
-        if late and not failed:
-            before()
-        if late or failed:
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()  # train.py saves, as at Ctrl-C, which a job in the background does not hear
-            for process in processes:
-                process.wait()
-        time.sleep(0.1)
+    try:
+        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+            if seconds is not None and time.monotonic() - started > seconds:
+                before()
+                break
+            time.sleep(0.1)
+    finally:
+        going = [process for process in processes if process.poll() is None]
+        for process in going:
+            process.terminate()  # train.py saves, as at Ctrl-C, which a job in the background does not hear
+        for process in going:
+            process.wait()
     if codes := [process.returncode for process in processes if process.returncode]:
         sys.exit(codes[0])
 

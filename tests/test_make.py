@@ -119,6 +119,14 @@ def test_where_one_training_fails_the_others_are_told_to_end():
     assert stop.value.code and time.monotonic() - started < 30
 
 
+def test_where_this_program_fails_trainings_are_told_to_end():
+    """In what is done before the next round, say."""
+    going = [process("import time; time.sleep(60)")]
+    with pytest.raises(SystemExit) as stop:
+        make.finish(going, seconds=0, before=lambda: sys.exit(7))
+    assert stop.value.code == 7 and going[0].poll() is not None
+
+
 def test_a_round_ends_with_a_save_and_without_an_error():
     """SIGTERM is what train.py saves for. What the next round needs is made while this one goes on."""
     done = []

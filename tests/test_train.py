@@ -221,7 +221,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_as_if_never_stopp
     (said,) = capsys.readouterr().err.splitlines()
     assert said == f"train.py: {rows.parent}: cannot be read ({rows.name} has changed); going on from the one before"
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events."))  # TensorBoard's
-    assert files == ["log.jsonl", "step_00000007"]
+    assert files == ["in-use", "log.jsonl", "step_00000007"]
     assert losses(killed) == losses(out)
     one, other = saved(killed, 7)[0], saved(out, 7)[0]
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
@@ -691,6 +691,39 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_goes_on(monkeypatc
     monkeypatch.setitem(train.PRESETS, "tiny", SHIPPED)  # as the other process had it
     run(monkeypatch, clips, out, *extra, stage="vae", steps=steps + 1)
     assert [line["step"] for line in logged(out, "vae")] == list(range(1, steps + 2))
+
+
+def test_a_second_signal_does_not_disturb_the_save(monkeypatch, clips, out):
+    def impatient(*told):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return saved_by(*told)
+
+    saved_by, before = train.save, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "save", impatient)
+    run(monkeypatch, clips, out, stage="vae", steps=1)
+    assert (out / "training" / "vae" / "step_00000001").is_dir() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_two_runs_in_one_folder_are_one_line(monkeypatch, clips, out, capsys):
+    """The second one ends, and leaves what the first has written; when that has ended, however, it may."""
+    pytest.importorskip("fcntl")
+    run(monkeypatch, clips, out, steps=1)
+    held = "import fcntl, sys, time\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+    held += "print('here', flush=True)\ntime.sleep(60)"
+    path = out / "training" / "stage1" / "in-use"
+    with subprocess.Popen([sys.executable, "-c", held, path], stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"here\n"
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, clips, out, steps=2)
+        assert stop.value.code == 2 and capsys.readouterr().err == (
+            f"train.py: {path.parent}: another run is at work here\n"
+        )
+        assert len(logged(out)) == 1
+        first.kill()
+    run(monkeypatch, clips, out, steps=2)
+    assert len(logged(out)) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -161,6 +161,26 @@ def check_shared(out: Path, seconds: float = 10) -> None:
             token.unlink()
         if blind:
             raise ValueError(f"--out {out}: process {blind[0]} of {count} does not see there what process 0 writes")
+
+
+def claim(folder: Path) -> TextIO | None:
+    """A file that process 0 holds open as long as it trains in `folder`, where no other run may. Raises ValueError: one
+    does. (Two would write over one another's log and weights.) None in other processes, and where files have no locks.
+    """
+    with together():
+        if rank_and_count()[0] > 0:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "in-use", "w")  # noqa: SIM115 (open to the end)
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another run is at work here") from None
+        except (ImportError, OSError):  # Windows; some network file systems
+            return None
+        return file
 
 
 def mean_over_processes(machine: Machine, values: dict[str, Tensor]) -> dict[str, float]:
