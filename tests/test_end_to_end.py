@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     moving_squares(0).save(folder / "data" / "clip.safetensors")
     told = ("--preset", "tiny", "--data", folder / "data", "--out", folder / "model", "--quiet")
     told += ("--lr", "1e-2", "--ema", "0.98", "--cooldown", "0.5")
-    for stage, batch, steps in (("vae", 1, 300), ("1", 2, 100), ("2", 2, 120)):
+    for stage, batch, steps in (("vae", 1, 270), ("1", 2, 100), ("2", 2, 110)):
         run_train(monkeypatch, "--stage", stage, *told, "--batch", batch, "--steps", steps)
     monkeypatch.undo()
     return folder / "model", Clip.load(folder / "data" / "clip.safetensors").tensors()
