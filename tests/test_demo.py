@@ -34,7 +34,7 @@ def flows():
     mask = torch.stack([told_mask(arrows, ids) for arrows in files])
     told = [value.expand(len(names), *value.shape) for value in (picture[0], ids, depth)]
     motion, _ = dream(
-        stage, None, vae, tower, *told, F, frames=stage.config.frames, steps=6,
+        stage, None, vae, tower, *told, F, frames=stage.config.frames, steps=5,
         generator=torch.Generator().manual_seed(0), mask=mask,
     )  # fmt: skip
     return dict(zip(names, motion.flow, strict=True)) | {"free": motion.flow[3:]}, ids

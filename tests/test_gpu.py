@@ -186,7 +186,7 @@ def test_sample_py_takes_the_gpu_and_half_precision_by_itself(monkeypatch, tmp_p
     assert (record["device"], record["precision"]) == (GPU, "bf16")
 
 
-@pytest.mark.parametrize("stage", ["vae", "1", "2"])
+@pytest.mark.parametrize("stage", [pytest.param("vae", marks=needs_gpu), pytest.param("1", marks=needs_gpu), "2"])
 def test_train_py(monkeypatch, tmp_path, stage):
     """The loss of the same draws falls; a run that ended goes on from its checkpoint; half precision, checkpointing."""
     monkeypatch.setitem(train.PRESETS, "tiny", TINY)

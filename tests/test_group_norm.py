@@ -66,7 +66,7 @@ def check(x, groups, weight, bias, g, silu, tolerance, dtype=None):
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(
     ("N", "S", "C", "groups"),
-    [(3, 37, 12, 4), (2, 45, 40, 4), (1, 61, 60, 2), (2, 1, 16, 2), (5, 8, 8, 8), (1, 4, 7, 1), (2, 66, 24, 3)],
+    [(3, 37, 12, 4), (2, 45, 40, 4), (1, 41, 60, 2), (2, 1, 16, 2), (5, 8, 8, 8), (1, 4, 7, 1), (2, 66, 24, 3)],
 )
 def test_equals_torch(small, N, S, C, groups, silu):
     x, weight, bias, g = case(N, S, C)
@@ -99,13 +99,13 @@ def test_channels_of_a_group_far_apart(small):
 @pytest.mark.parametrize(("dtype", "tolerance"), [BF16, FP16])
 @pytest.mark.parametrize("weights", [None, torch.float32])
 def test_half_precision(small, dtype, tolerance, weights):
-    x, weight, bias, g = case(2, 53, 30, dtype, weights)
+    x, weight, bias, g = case(2, 29, 30, dtype, weights)
     check(x, 3, weight, bias, g, True, tolerance)
 
 
 @needs_triton
 def test_float32_features_with_weights_in_half(small):
-    x, weight, bias, g = case(2, 53, 30, torch.float32, torch.bfloat16)
+    x, weight, bias, g = case(2, 29, 30, torch.float32, torch.bfloat16)
     check(x, 3, weight, bias, g, True, BF16[1])
 
 
@@ -113,7 +113,7 @@ def test_float32_features_with_weights_in_half(small):
 def test_autocast_sets_the_dtype_of_the_result(small, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float16)
-    x, weight, bias, g = case(2, 53, 30)
+    x, weight, bias, g = case(2, 29, 30)
     check(x, 3, weight, bias, g, True, FP16[1], torch.float16)
 
 
@@ -206,11 +206,11 @@ def test_normalize_on_both_paths(both, over_time, silu):
 
 @needs_triton
 def test_residual_blocks_on_both_paths(both):
-    x, emb = torch.randn(2, 3, 4, 5, 24, device=DEVICE), torch.randn(2, 6, device=DEVICE)
+    x, emb = torch.randn(2, 3, 2, 3, 24, device=DEVICE), torch.randn(2, 6, device=DEVICE)
     space = svd.ResBlock(24, 16, 6, 1e-5, 8).to(DEVICE)
     time = svd.TemporalResBlock(24, 6, 1e-5, 8).to(DEVICE)
     plain, kernel, calls = both(lambda: gradients(space, x, emb) + gradients(time, x, emb))
-    assert calls == [(6, 20, 24), (6, 20, 16), (2, 60, 24), (2, 60, 24)]
+    assert calls == [(6, 6, 24), (6, 6, 16), (2, 18, 24), (2, 18, 24)]
     for value, true in zip(kernel, plain, strict=True):
         torch.testing.assert_close(value, true, rtol=1e-3, atol=1e-3 if DEVICE == "cuda" else 1e-4)  # cuda: TF32
 

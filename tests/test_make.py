@@ -133,8 +133,8 @@ def test_a_round_ends_with_a_save_and_without_an_error():
     words = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\ntime.sleep(60)"
     started = time.monotonic()
     going = [process(words), process(words)]
-    make.finish(going, seconds=3, before=lambda: done.append([training.poll() for training in going]))
-    assert 3 <= time.monotonic() - started < 30 and done == [[None, None]]
+    make.finish(going, seconds=2, before=lambda: done.append([training.poll() for training in going]))
+    assert 2 <= time.monotonic() - started < 30 and done == [[None, None]]
 
 
 def test_a_simulator_that_ends_is_said(tmp_path):
