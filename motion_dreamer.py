@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 import clips
 from clips import Motion, render, unrender
-from clips.tensors import check_batch, check_condition, check_dream
+from clips.tensors import check_batch, check_condition, check_dream, check_step
 from instance_flow import MASK_UNITS, REDUCTIONS, check_floats, sparse_points
+from kernels.replayed import Replayed
 from sources import read_stage
 from splat import softsplat
 from svd import VAE, ImageEncoder, UNet, UNetConfig, decode_video, encode_video, gaussian, karras_sigmas
@@ -385,25 +386,25 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """Euler's method on Karras' noise levels -> x_0 [B, T, C p, h, w]. What is known of frame 0 is put back.
 
-    Guidance rises linearly over the frames, as in SVD; (1, 1) needs no second pass. A value that is not finite is a
-    FloatingPointError that names the step.
+    Guidance rises linearly over the frames, as in SVD; (1, 1) is none. FloatingPointError: a step is not finite.
     """
-    config, device = stage.config, cond.known.device
-    batch, channels, h, w = cond.known.shape
-    sigmas = karras_sigmas(steps, sigma_max=config.sigma_max).to(device)
+    (batch, channels, h, w), device = cond.known.shape, cond.known.device
+    sigmas = karras_sigmas(steps, sigma_max=stage.config.sigma_max).to(device)
     x = torch.randn((batch, frames, channels, h, w), generator=generator).to(device) * (sigmas[0] ** 2 + 1).sqrt()
     scale = torch.linspace(*guidance, frames, device=device).view(1, -1, 1, 1, 1)
     control, free = stage.control(cond, frames), cond.without_image()
     free_control = stage.control(free, frames) if guidance != (1.0, 1.0) else None
-    for i in progress(range(steps)):
-        sigma = sigmas[i].expand(batch)
+
+    @Replayed
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
         x0 = stage.denoise(x, sigma, cond, control)
-        if free_control is not None:
-            x0_free = stage.denoise(x, sigma, free, free_control)
-            x0 = x0_free + scale * (x0 - x0_free)
+        x0_free = stage.denoise(x, sigma, free, free_control) if free_control else x0
+        return x0_free + scale * (x0 - x0_free)
+
+    for i in progress(range(steps)):
+        x0 = predict(x, sigmas[i].expand(batch))
         x0[:, 0] = torch.where(cond.known.isnan(), x0[:, 0], cond.known)
-        if not torch.isfinite(x0).all():
-            raise FloatingPointError(f"predicting {', '.join(config.predict)}: step {i + 1} of {steps} is not finite")
+        check_step(x0, f"predicting {', '.join(stage.config.predict)}", i, steps)
         x = x + (x - x0) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
     return x
 

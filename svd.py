@@ -34,9 +34,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clips.tensors import check_image, check_numbers, check_sampler, check_svd
+from clips.tensors import check_image, check_numbers, check_sampler, check_step, check_svd
 from kernels.group_norm import group_norm as group_norm_gpu
 from kernels.group_norm import usable
+from kernels.replayed import Replayed
 from sources import read_fields
 from weights import Device, from_pretrained, save_pretrained
 
@@ -929,15 +930,20 @@ def image_to_video(
     sigmas = karras_sigmas(steps).to(device)
     scale = torch.linspace(*guidance, frames, device=device).view(1, -1, 1, 1, 1)
     x = latents.to(device).float() * (sigmas[0] ** 2 + 1).sqrt()
-    for i, sigma in enumerate(sigmas[:-1]):
+
+    @Replayed
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
         scaled, c_noise = x / (sigma**2 + 1).sqrt(), (sigma.log() / 4).expand(batch)
         v = unet(torch.cat([scaled, first], dim=2), c_noise, context, added_ids).float()
         if guidance != (1.0, 1.0):
             no_image = torch.cat([scaled, torch.zeros_like(first)], dim=2)
             v_free = unet(no_image, c_noise, torch.zeros_like(context), added_ids).float()
             v = v_free + scale * (v - v_free)
-        x0 = x / (sigma**2 + 1) - v * sigma / (sigma**2 + 1).sqrt()
-        if not torch.isfinite(x0).all():
-            raise FloatingPointError(f"plain SVD: step {i + 1} of {steps} is not finite")
+        return x / (sigma**2 + 1) - v * sigma / (sigma**2 + 1).sqrt()
+
+    for i, sigma in enumerate(sigmas[:-1]):
+        x0 = predict(x, sigma)
+        check_step(x0, "plain SVD", i, steps)
         x = x + (x - x0) / sigma * (sigmas[i + 1] - sigma)
+    del predict  # and what its recording keeps of a GPU's memory
     return decode_video(vae, x, vae.factor, decode_chunk).clamp(-1, 1)

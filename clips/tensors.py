@@ -33,6 +33,12 @@ def check_numbers(name: str, value: Tensor, shape: Sequence[int | str], device: 
         raise ValueError(f"{name} holds a value that is not finite")
 
 
+def check_step(x0: Tensor, predicting: str, i: int, steps: int) -> None:
+    """FloatingPointError for a step of a sampler that is not finite."""
+    if not x0.isfinite().all():
+        raise FloatingPointError(f"{predicting}: step {i + 1} of {steps} is not finite")
+
+
 def check_ids(name: str, value: Tensor, shape: Sequence[int | str], device: torch.device) -> None:
     check_shape(name, value, shape)
     check_place(name, value, device)

@@ -1,3 +1,3 @@
-"""What is near the machine: Triton kernels for the layers of svd.py on a GPU, and how threads on a CPU wait."""
+"""What is near the machine: kernels and recordings for svd.py on a GPU, and how threads on a CPU wait."""
 
 import kernels.threads  # noqa: F401 (before torch, whatever is imported from here)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,9 +32,11 @@ import torch  # noqa: E402
 from tiny import moving_squares  # noqa: E402
 
 import sample  # noqa: E402
+from kernels.replayed import Replayed  # noqa: E402
 from motion_dreamer import STAGE1, STAGE2, MotionDreamer, dream  # noqa: E402
 from splat import softsplat  # noqa: E402
 from svd import VAE, ImageEncoder, ImageEncoderConfig, UNet, UNetConfig, VAEConfig, image_to_video  # noqa: E402
+from training.recorded import WARM_UP, Recorded  # noqa: E402
 
 SMALL_UNET = UNetConfig(block_out_channels=(64, 128, 256, 256), num_attention_heads=(1, 2, 4, 4))  # of the CPU rows
 GB = 1e9
@@ -318,19 +321,39 @@ def splat_on_gpu(bench: Bench) -> dict[str, float]:
 
 
 def unet_on_gpu(bench: Bench, place: str, *steps: str) -> dict[str, float]:
-    """Seconds and bytes of the steps "forward" and "train", at the size "small" or "large"."""
+    """Seconds and bytes of the steps "forward" and "train", at the size "small" or "large"; ours recorded, too."""
     size, found = bench.size, {}
     cells = tuple(side // size.factor for side in getattr(size, place))
     models = unets(size.unet, torch.bfloat16, size.device, size.frames, cells)
     for step in steps:
-        functions = calls(models, {"forward": forward, "train": train}[step])
+        run = {"forward": forward, "train": train}[step]
+        functions = calls(models, run)
         times = alternate(functions, bench.rounds, gpu_clock)
         for name, function in functions.items():
             for model, _ in models.values():
                 model.zero_grad(set_to_none=True)
             weights = torch.cuda.memory_allocated()
             found |= {f"{name} {step}": times[name], f"{name} {step} memory": gpu_peak(function) - weights}
+        once = recorded(run, *models["ours"])
+        for _ in range(WARM_UP + 1):
+            once()
+        found[f"recorded {step}"] = alternate({"ours": once}, bench.rounds, gpu_clock)["ours"]
     return found
+
+
+def recorded(step: Callable, model: torch.nn.Module, given: tuple) -> Callable:
+    """forward or train, one launch: as sample.py runs the network, or train.py --cuda-graph."""
+    if given[0].device.type == "cpu":  # --try
+        return partial(step, model, given)
+    if step is forward:
+        return partial(forward, Replayed(model), given)
+
+    def compute(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        train(model, tuple(batch.values()))
+        return {}
+
+    batch = {str(i): value for i, value in enumerate(given)}
+    return partial(Recorded(compute, model.parameters(), torch.Generator(given[0].device)), batch)
 
 
 def unet_compiled(bench: Bench) -> dict[str, float]:

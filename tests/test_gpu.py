@@ -22,6 +22,7 @@ import svd
 import train
 import training.batch
 from clips import Motion
+from kernels.replayed import Replayed
 from metrics import frechet
 from motion_dreamer import STAGE1, STAGE2, dream
 from svd import UNet, decode_video, encode_video, image_to_video
@@ -62,6 +63,19 @@ def test_the_unet(dtype, most):
     model, given = fill(UNet(MODELS["unet"])), inputs("unet", MODELS["unet"], 7, 10)
     expected = model(**given)
     assert difference(model.to(GPU, getattr(torch, dtype))(**on_gpu(given)), expected) < most
+
+
+@needs_gpu
+@torch.no_grad()
+def test_the_unet_as_a_sampler_calls_it():
+    """The second call is recorded, and replayed for others."""
+    model, given = fill(UNet(MODELS["unet"])).to(GPU), on_gpu(inputs("unet", MODELS["unet"], 7, 10))
+    step = Replayed(lambda sample, c_noise: model(**given | {"sample": sample, "c_noise": c_noise}))
+    for i in range(4):
+        changed = {"sample": given["sample"] * (i + 1), "c_noise": given["c_noise"] + i}
+        expected = model(**given | changed).cpu()
+        assert difference(step(changed["sample"], changed["c_noise"]), expected) < NEAR
+    assert step.graph is not None
 
 
 @torch.no_grad()
