@@ -361,7 +361,7 @@ class Attention(nn.Module):
         """
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         if query is not None:
-            q = q + query[:, None, None, None]
+            q = q + query.to(q.dtype)[:, None, None, None]
         q, k, v = (rearrange(y, "b t h w (n c) -> (b h w n) t c", n=self.heads) for y in (q, k, v))
         scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
         y = torch.bmm(scores.softmax(-1).to(v.dtype), v)
@@ -394,6 +394,11 @@ class FeedForward(nn.Module):
         return self.net[2](value * nnf.gelu(gate))
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)  # once: autocast's float32 is cast by every layer that reads it
+
+
 class TransformerBlock(nn.Module):
     """Self-attention over space or over time, the context token, feed-forward; over time, a feed-forward first."""
 
@@ -401,13 +406,13 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.over_time = over_time
         if over_time:
-            self.norm_in = nn.LayerNorm(channels)
+            self.norm_in = LayerNorm(channels)
             self.ff_in = FeedForward(channels)
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, heads)
-        self.norm2 = nn.LayerNorm(channels)  # of the queries of attn2: without effect, as they are
+        self.norm2 = LayerNorm(channels)  # of the queries of attn2: without effect, as they are
         self.attn2 = Attention(channels, heads, context_dim)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor, query: Tensor | None = None) -> Tensor:
@@ -436,10 +441,9 @@ class SpatioTemporalTransformer(nn.Module):
         self.time_mixer = Mixer(0.5)
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, query: Tensor | None) -> Tensor:
-        """x [B, T, h, w, C], context [B, 1, D], query [B, C] or None -> [B, T, h, w, C]."""
+    def forward(self, x: Tensor, context: Tensor, number: Tensor, query: Tensor | None) -> Tensor:
+        """x [B, T, h, w, C], context [B, 1, D], number [T, C]: `sinusoid` of t, query [B, C] or None -> x's shape."""
         spatial = self.transformer_blocks[0](self.proj_in(normalize(self.norm, x)), context)
-        number = sinusoid(torch.arange(x.shape[1], device=x.device), x.shape[-1])
         number = self.time_pos_embed(number)[:, None, None]  # [T, 1, 1, C]
         temporal = self.temporal_transformer_blocks[0](spatial + number, context, query)
         alpha = self.time_mixer.mix_factor.sigmoid().to(spatial.dtype)
@@ -546,18 +550,19 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         emb, context = self.embed(c_noise, added_ids), context.to(dtype)  # [B, E], [B, 1, D]
         queries = iter(temporal_query or [None] * len(self.temporal_query_channels))
+        frames = torch.arange(sample.shape[1], device=sample.device)
+        numbers = {width: sinusoid(frames, width) for width in set(self.temporal_query_channels)}
 
         def attend(level: Level, i: int, x: Tensor) -> Tensor:
             if not level.attentions:
                 return x
-            query = next(queries)
-            return self.run(level.attentions[i], x, context, None if query is None else query.to(dtype))
+            return self.run(level.attentions[i], x, context, numbers[x.shape[-1]], next(queries))
 
         x = convolve(self.conv_in, sample.to(dtype).movedim(2, -1).contiguous())  # [B, T, h, w, C]
         skips = []
         for i, level in enumerate(self.down_blocks):
             if residuals is not None:
-                x = x + residuals[i].to(dtype).movedim(2, -1)
+                x = x + residuals[i].to(x.dtype).movedim(2, -1)
             skips.append(x)
             for j, resnet in enumerate(level.resnets):
                 x = attend(level, j, self.run(resnet, x, emb))
