@@ -451,6 +451,9 @@ class SpatioTemporalTransformer(nn.Module):
         return x + self.proj_out(mixed)
 
 
+BLOCKS = (SpatioTemporalResBlock, SpatioTemporalTransformer)  # of which the UNet consists, but for a few convolutions
+
+
 # ----------------------------------------------------------------------------------------------------------------- UNet
 
 

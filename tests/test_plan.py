@@ -11,9 +11,9 @@ from torch.nn import functional as nnf
 
 import train
 from motion_dreamer import STAGE1, STAGE2, MotionDreamer, SmallStageConfig
-from svd import Linear, UNet, without_effect
+from svd import BLOCKS, Linear, UNet, without_effect
 from training import plan
-from training.learner import BLOCKS, freeze
+from training.learner import freeze
 
 
 def test_alive_counts_what_lives_and_remembers_the_most():

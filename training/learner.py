@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from clips import ClipDataset
-from svd import VAE, SpatioTemporalResBlock, SpatioTemporalTransformer, without_effect
+from svd import BLOCKS, VAE, without_effect
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.compiled import compile_forward
 from training.processes import Machine, own_rows, together
@@ -32,7 +32,6 @@ from training.vae import measure_scale
 # What --train names, by the names of a stage's parameters: what SVD does not have, and what looks at several frames.
 ADDED = ("flow_control.", "camera.", "unet.conv_in.", "unet.conv_out.")
 OVER_TIME = {"temporal_res_block", "temporal_transformer_blocks", "time_mixer", "time_pos_embed"}
-BLOCKS = (SpatioTemporalResBlock, SpatioTemporalTransformer)  # what --shard gathers at once
 
 
 class MovingAverage:

@@ -27,8 +27,7 @@ from torch.utils._pytree import tree_leaves
 from clips import ClipDataset
 from motion_dreamer import Batch, Condition, MotionDreamer, StageConfig, build
 from sources import read_config
-from svd import VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
-from training.learner import BLOCKS
+from svd import BLOCKS, VAE, ImageEncoder, ImageEncoderConfig, UNetConfig, VAEConfig
 from training.presets import PRESETS
 
 ATTENTION = nnf.scaled_dot_product_attention
