@@ -13,18 +13,28 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from clips import ClipDataset
-from motion_dreamer import ONE_STAGE, STAGE1, STAGE2, MotionDreamer, build
-from sources import expand_home, read_config
+from motion_dreamer import (
+    ONE_STAGE,
+    STAGE1,
+    STAGE2,
+    MotionDreamer,
+    SmallStageConfig,
+    StageConfig,
+    build,
+    stage_class,
+)
+from sources import expand_home, read_config, read_stage
 from svd import VAE, ImageEncoder
 from training.cache import CachedClips
 from training.presets import PRESETS
 from training.processes import Machine, end, start_process
+from training.task import changed_fields
 
 STAGES = {"1": STAGE1, "2": STAGE2, "one": ONE_STAGE}  # as in train.py
 
@@ -43,7 +53,7 @@ def saved_stages(model: str | None) -> dict[str, MotionDreamer]:
 
 def wanted_stages(arguments: argparse.Namespace, vae: VAE) -> list[MotionDreamer]:
     """The stages of --stage without weights, which know what is encoded and how. Those of --model where it has them;
-    others have the cells of these, or of --preset."""
+    others have the cells of these, or of --preset, and what --set says."""
     with torch.device("meta"):
         saved = saved_stages(arguments.model)
         stack = 1 if arguments.init else PRESETS[arguments.preset]["stack"]
@@ -52,8 +62,9 @@ def wanted_stages(arguments: argparse.Namespace, vae: VAE) -> list[MotionDreamer
         stages = []
         for name in ("2", "1") if arguments.stage == "all" else (arguments.stage,):
             config = replace(STAGES[name], vae_factor=factor, latent_channels=channels)
+            config = read_stage(asdict(config) | changed_fields(arguments.set), StageConfig, SmallStageConfig)
             # The size of the UNet does not matter here.
-            stages.append(saved.get(name) or MotionDreamer(config, PRESETS["tiny"]["stage1"]))
+            stages.append(saved.get(name) or stage_class(config)(config, PRESETS["tiny"]["stage1"]))
     if len(stages) == 2 and stages[1].config.latents.items() <= stages[0].config.latents.items():
         del stages[1]  # Stage II is given all that Stage I predicts
     return stages
@@ -92,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--model", metavar="DIR", help="model folder: train.py's --out or --start")
     add("--stage", choices=(*STAGES, "all"), default="all", help="that will be trained (default: 1 and 2)")
     add("--preset", choices=list(PRESETS), default="demo", help="as train.py's, if --model has no stage yet")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="as train.py's, if --model has no such stage yet")
     add("--frames", type=int, help="as train.py's (default: all frames of the first clip)")
     add("--workers", type=int, default=0, help="processes that read clips, for each GPU (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")

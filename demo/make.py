@@ -119,9 +119,9 @@ def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subpr
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    """Latents of the clips that there are, for both stages. Ends with it where it fails."""
+    """Latents of the clips that there are; of Stage I's, Stage II needs all. Ends with it where it fails."""
     told = [sys.executable, "-m", "clips.encode", Path(arguments.out) / "clips", "--model"]
-    told += [arguments.start or arguments.out, "--preset", arguments.preset]
+    told += [arguments.start or arguments.out, "--preset", arguments.preset, "--stage", 2, "--set", *STAGES["2"]]
     told += ["--workers", 4] if torch.cuda.is_available() else []
     if code := subprocess.run(list(map(str, told)), cwd=HERE.parent).returncode:
         sys.exit(code)

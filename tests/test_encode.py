@@ -120,6 +120,18 @@ def test_of_one_stage_there_is_what_it_needs(monkeypatch, capsys, data, model, s
     train_finds_them(monkeypatch, data, model, stage=stage)
 
 
+def test_what_is_set_for_a_stage_from_nothing_is_encoded_too(monkeypatch, capsys, data, model):
+    told, draft = ("--model", model, "--preset", "tiny"), ("--set", "draft=true", "motion_weight=0.5")
+    encode(monkeypatch, capsys, data, *told, "--stage", "2", *draft)
+    assert names(data) == LATENTS | {"draft", "draft.marked"}
+    train_finds_them(monkeypatch, data, model, *draft, stage="2")
+    train_finds_them(monkeypatch, data, model, stage="1")
+    assert refused(monkeypatch, capsys, data, *told, *draft).startswith("draft is True, but only a Stage II")
+    assert refused(monkeypatch, capsys, data, *told, "--set", "drafts=1").startswith(
+        "--set drafts=1: StageConfig has no"
+    )
+
+
 def test_stages_that_the_model_folder_has_say_what_is_encoded_in_which_cells(monkeypatch, capsys, data, model):
     """As --start trains them further. Here Stage I predicts no depth, Stage II has a draft, cells are 2 pixels wide."""
     sizes = {"frames": 4, "width": 24, "height": 16, "vae_factor": 2, "latent_channels": 4}

@@ -16,6 +16,7 @@ import train
 from clips import encode
 from motion_dreamer import MotionDreamer
 from svd import VAE
+from training import cache
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
@@ -37,12 +38,14 @@ def test_from_nothing_to_a_model_in_half_precision_and_on_from_it(tmp_path, monk
 
     def popen(words, **_):
         run.append(words)
-        monkeypatch.setattr(sys, "argv", words[1:])
-        train.main()
+        with monkeypatch.context() as during:
+            during.setattr(sys, "argv", words[1:])
+            during.setattr(cache, "encode_clips", None)  # it finds all its latents
+            train.main()
         return SimpleNamespace(poll=lambda: 0, returncode=0)
 
     def called(words, **_):
-        run.append([*words[2:], "--stage", "latents"])
+        run.append(["--stage", "latents", *words[2:]])
         monkeypatch.setattr(sys, "argv", words[2:])
         encode.main()
         return SimpleNamespace(returncode=0)
