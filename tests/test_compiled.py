@@ -65,10 +65,10 @@ def test_a_compiled_denoiser_gives_the_same_numbers_and_gradients(traced, capsys
 
 @torch.no_grad()
 def test_blocks_of_one_shape_share_a_graph_however_many_shapes_there_are(traced):
-    """Of SVD's levels and layers: more shapes of one kind than torch compiles without being told."""
+    """As in SVD's UNet, more shapes of one kind than torch compiles without being told."""
     config = UNetConfig(
-        block_out_channels=(8, 16, 24, 32), num_attention_heads=(1, 2, 3, 4), cross_attention_dim=16,
-        addition_time_embed_dim=8, channels_per_group=4,
+        block_out_channels=(8, 16, 24, 32), layers_per_block=1, attention=(False, False, False, True),
+        num_attention_heads=(1, 1, 1, 1), cross_attention_dim=16, addition_time_embed_dim=8, channels_per_group=4,
     )  # fmt: skip
     unet = UNet(config)
     shapes, blocks = {kind: set() for kind in BLOCKS}, 0
@@ -82,7 +82,7 @@ def test_blocks_of_one_shape_share_a_graph_however_many_shapes_there_are(traced)
             block.register_forward_pre_hook(note)
     x, ids = torch.randn(1, 2, 8, 8, 16), torch.tensor([[6.0, 127.0, 0.02]])
     plain = unet(x, torch.zeros(1), torch.randn(1, 1, 16), ids)
-    assert blocks == 38 and len(shapes[BLOCKS[0]]) > 8
+    assert len(shapes[BLOCKS[0]]) > 8
     compiled.compile_forward(unet)
     for _ in range(2):
         assert unet(x, torch.zeros(1), torch.zeros(1, 1, 16), ids).shape == plain.shape
