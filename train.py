@@ -224,11 +224,13 @@ def take_step(
         for name, value in compute(next(batches)).items():
             sums[name] = sums.get(name, 0.0) + value
 
-    # Line 7: the update, unless the gradient is not finite. Its norm is that of all processes: they skip together.
-    norm = learner.clip_gradients(arguments.clip_grad)  # before anything is read, so that a GPU need not wait for it
+    # Line 7: the update, unless the gradient is not finite. AdamW sees that by itself: a GPU whose norm was read first
+    # would have nothing to do meanwhile. The norm is that of all processes: they skip together.
+    norm = learner.clip_gradients(arguments.clip_grad)
+    learner.optimizer.found_inf = (~norm.isfinite()).float()
+    learner.optimizer.step()
     record, norm = mean_over_processes(machine, sums), norm.item()
     if math.isfinite(norm):
-        learner.optimizer.step()
         learner.average.update(min(arguments.ema, (1 + learner.step) / (10 + learner.step)))
         learner.failures = 0
     else:

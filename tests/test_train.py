@@ -415,10 +415,11 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(monkeypatch, cli
         return result | {"loss": result["loss"] * (float("nan") if len(calls) >= 2 else 1)}
 
     monkeypatch.setattr(MotionDreamer, "forward", broken)
-    run(monkeypatch, clips, out, steps=3)
+    run(monkeypatch, clips, out, "--save-every", 1, "--keep", 3, steps=3)
     assert [line["skipped"] for line in logged(out)] == [0, 1, 2]
-    tensors, told = saved(out, 3)
+    (before, _), (tensors, told) = saved(out, 1), saved(out, 3)
     assert told["skipped"] == 2 and all(value.isfinite().all() for value in tensors.values())
+    assert all(torch.equal(value, before[name]) for name, value in tensors.items())  # AdamW's, too
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, clips, out, steps=60)
     assert stop.value.code == 2 and "50 steps in a row" in capsys.readouterr().err
