@@ -174,6 +174,14 @@ def gpu_svd(bench: Bench) -> None:
     row("loading SVD, time / diffusers", ours["loading"], theirs.get("loading"), "s", "-")
 
 
+def gpu_sample(bench: Bench) -> None:
+    """25 steps of both stages; the first run compiles Triton's kernels, which stay on disk."""
+    told = [sys.executable, "sample.py", "--device", bench.size.device, "--out", str(bench.work / "out")]
+    told += ["--steps", "2"] * bench.trying
+    seconds = [clock(lambda: subprocess.run(told, cwd=ROOT, capture_output=True, check=True)) for _ in range(2)]
+    row("python sample.py (demo), a process of its own", seconds[1], None, "s", "-")
+
+
 def gpu_dream(bench: Bench) -> None:
     size = bench.size
     what = "Motion Dreamer of SVD's size, {} frames of {}x{}".format(size.frames, *size.large[::-1])
@@ -246,6 +254,7 @@ ROWS = {
         "splat": gpu_splat,
         "demo": gpu_demo,
         "unet": gpu_unet,
+        "sample": gpu_sample,
         "svd": gpu_svd,
         "dream": gpu_dream,
         "train": gpu_train,
