@@ -49,7 +49,7 @@ LOOK_SEED = 6000000  # of the first clip that the model is measured by
 WORLDS = (*SCENARIOS, "dominoes", "dominoes", "driving")  # most is asked of these two
 STILL = 0.15  # share of the clips in which nobody pushes: "told to stay" is learned from these
 # What a stage is told of a push is its first step; half of the clips show only what is pushed, the rest any part of it.
-TOLD = ["reduce=start", "mask_ratio=0.15", "mask_start=0.7", "splat_time=constant", "show_flow=true"]
+TOLD = ["reduce=start", "mask_ratio=0.15", "mask_start=0.7", "splat_time=constant"]
 STAGES = {
     "1": [*TOLD, "told=true", "sigma_mean=2.0"],
     "2": [*TOLD, "parameterization=x0", "draft=true", "sigma_mean=1.2"],
