@@ -43,7 +43,7 @@ from motion_dreamer import MotionDreamer  # noqa: E402
 from svd import VAE, ImageEncoder  # noqa: E402
 
 VAE_SHARE, ROUNDS = 0.25, 2  # of the minutes; of both stages
-BATCH = {"vae": (16, 2), "1": (64, 4), "2": (64, 4)}  # on a GPU, on cores
+BATCH = {"vae": (8, 1), "1": (64, 4), "2": (64, 4)}  # on a GPU, on cores
 SHARE = {"vae": (1.0, 1.0), "1": (1.0, 1.0), "2": (0.6, 1.0)}  # of the minutes; then Stage I has the GPU
 LOOK_SEED = 6000000  # of the first clip that the model is measured by
 WORLDS = (*SCENARIOS, "dominoes", "dominoes", "driving")  # most is asked of these two
@@ -109,7 +109,7 @@ def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subpr
     told += ["--batch", BATCH[stage][0], "--workers", 4] if gpu else ["--batch", BATCH[stage][1]]
     told += ["--precision", "bf16"] if bf16 else []
     if stage == "vae":
-        told += ["--frames", 2]
+        told += ["--frames", min(4, arguments.frames)]  # two would have no inner ones: see `vae_loss`
     else:
         told += ["--lr", 1e-3, "--ema", 0.995, "--cuda-graph"] if gpu else []
         told += ["--set", *STAGES[stage]]

@@ -317,6 +317,28 @@ def test_vae_loss_against_a_loop_over_pixels():
     torch.testing.assert_close(losses["loss"], total + 2e-5 * kl, rtol=1e-4, atol=1e-5)
 
 
+def test_parts_of_any_length_are_decoded_by_themselves(monkeypatch):
+    """By a VAE that changes nothing: frames stay in order, whatever their parts."""
+    seen = set()
+
+    class Same(torch.nn.Module):
+        def moments(self, images):
+            return images, torch.full_like(images, -100.0)
+
+        def decode(self, latents):
+            seen.add(tuple(latents.shape[:2]))
+            return latents
+
+    monkeypatch.setattr("training.vae.gaussian", lambda shape, *_: torch.zeros(shape))
+    for frames, parts in ((4, {(8, 4), (16, 2), (32, 1)}), (3, {(8, 3), (24, 1)})):
+        clips = torch.utils.data.default_collate([moving_squares(seed, frames).tensors() for seed in (0, 1)])
+        for seed in range(20):
+            losses = vae_loss(Same(), clips, torch.Generator().manual_seed(seed))
+            assert all((losses[name] == 0).all() for name in ("rgb", "flow", "segmentation", "depth"))
+        assert seen == parts
+        seen.clear()
+
+
 def test_only_the_decoder_changes_with_decoder_only(monkeypatch, clips, out):
     run(monkeypatch, clips, out, stage="vae", steps=2)
     before = VAE.from_pretrained(out, "vae")

@@ -20,6 +20,9 @@ def vae_loss(vae: VAE, clips: dict[str, Tensor], generator: torch.Generator) -> 
     What is small but matters weighs more: moving pixels of the flow 13 times, objects (and what is within 2 pixels of
     them) in segmentation 5, in depth 3, in RGB 2 times. With equal weights, a small VAE ignores the objects; were the
     rim left out, it would make them too large. Noise on the latents (up to 0.2) makes the decoder robust.
+
+    The decoder sees neighbouring frames: parts of a random length, a divisor of T, are decoded by themselves, so that
+    it knows a frame alone, first, inner and last ones. One that knows two frames at a time cannot decode sixteen.
     """
     first = {"rgb": None, "flow": None, "segmentation": clips["segmentation"][:, 0], "depth": clips["depth"][:, 0]}
     objects = nn.functional.max_pool2d((clips["segmentation"] > 0).float(), 5, stride=1, padding=2)[:, :, None]
@@ -31,7 +34,9 @@ def vae_loss(vae: VAE, clips: dict[str, Tensor], generator: torch.Generator) -> 
     noise, extra = (gaussian(mean.shape, generator, mean.device).to(mean) for _ in range(2))
     extra = extra * 0.2 * uniform((1,), generator, mean.device).to(mean)
     latents = mean + (log_variance / 2).exp() * noise + extra
-    decoded = vae.decode(rearrange(latents, "(b t) c h w -> b t c h w", t=pictures.shape[1]))
+    lengths = [t for t in range(1, pictures.shape[1] + 1) if pictures.shape[1] % t == 0]
+    length = lengths[int(uniform((1,), generator, mean.device) * len(lengths))]
+    decoded = vae.decode(rearrange(latents, "(b t) c h w -> b t c h w", t=length)).view(pictures.shape)
     error = (decoded.float() - pictures).abs()
     error = (weight * (error + error**2)).mean(dim=(1, 2, 3, 4)) / weight.mean(dim=(1, 2, 3, 4))
     kl = (mean**2 + log_variance.exp() - 1 - log_variance).mean().float() / 2
