@@ -42,7 +42,7 @@ from show import check_output, draw_arrows, flow_to_rgb, to_uint8, write_grid, w
 from sources import check_parts, expand_home
 from svd import VAE, ImageEncoder, TakeTurns, UNet, image_to_video
 from training.compiled import compile_forward
-from training.processes import peak_memory
+from training.log import peak_memory
 
 DEMO = Path(__file__).parent / "demo"
 SVD_PIXELS = 1024 * 576  # what SVD was trained on

@@ -37,7 +37,7 @@ from training.cache import CachedClips, TrainingClips
 from training.checkpoint import seed_of
 from training.held import free_memory, held_batches, hold
 from training.learner import Learner, freeze, make_learner, resume, save, wrap
-from training.log import Log
+from training.log import Log, peak_memory
 from training.plan import parts_without_weights, table
 from training.presets import PRESETS
 from training.processes import (
@@ -50,7 +50,6 @@ from training.processes import (
     leave_process_group,
     lost_another,
     mean_over_processes,
-    peak_memory,
     start_process,
     together,
 )

@@ -25,7 +25,7 @@ from inputs.find import at_hand
 from inputs.photo import fit, read_inputs
 from motion_dreamer import ONE_STAGE, Motion, MotionDreamer, SmallMotionDreamer, SmallStageConfig
 from svd import BLOCKS, UNet
-from training.processes import peak_memory
+from training.log import peak_memory
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT, FRAMES = 24, 16, 4

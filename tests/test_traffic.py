@@ -50,7 +50,9 @@ def body(pose, manner, room=0.0):
 
 
 def overlap(a, b):
-    """Separating axes of two convex shapes."""
+    """Separating axes of two convex shapes; first of all the two of the picture."""
+    if (a.max(0) < b.min(0)).any() or (b.max(0) < a.min(0)).any():
+        return False
     for shape in (a, b):
         for edge in np.roll(shape, -1, axis=0) - shape:
             normal = np.array([-edge[1], edge[0]])

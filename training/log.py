@@ -1,4 +1,4 @@
-"""What every step was: a line of log.jsonl, and curves in TensorBoard where that is installed.
+"""What every step was and took: a line of log.jsonl, and curves in TensorBoard where that is installed.
 
 tensorboard --logdir OUT/training    # pip install tensorboard
 """
@@ -6,8 +6,11 @@ tensorboard --logdir OUT/training    # pip install tensorboard
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from weights import whole_file
 
@@ -66,3 +69,15 @@ def trim(path: Path, step: int) -> None:
         lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
         with whole_file(path) as partial:
             partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def peak_memory(on_gpu: bool) -> int:
+    """Bytes: of the GPU, or of the process; 0 where the system does not tell (Windows)."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

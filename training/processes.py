@@ -196,15 +196,3 @@ def leave_process_group(worker: int) -> None:
     the main process still does. (Were they to ignore it, they would also ignore their end.)"""
     if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
-
-
-def peak_memory(on_gpu: bool) -> int:
-    """Bytes: of the GPU, or of the process; 0 where the system does not tell (Windows)."""
-    if on_gpu:
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
