@@ -11,9 +11,6 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from sources.read import Source, first_line, read_config
 
 FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".json")  # no repository is called so
@@ -59,6 +56,9 @@ def resolve_source(source: Source, subfolder: str | None = None) -> Path:
     if not is_hub_id(source):
         kind = "file" if model.suffix in FILES else "folder"
         raise FileNotFoundError(f"{model / (subfolder or '') if model.is_dir() else source}: no such {kind}")
+    from huggingface_hub import snapshot_download  # here, for it takes 0.2 s
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     prefix = f"{subfolder}/" if subfolder else ""
     named = [f"{prefix}{stem}.safetensors" for stem in ("diffusion_pytorch_model", "model")]
     try:

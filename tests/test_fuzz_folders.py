@@ -53,7 +53,7 @@ def no_hub(monkeypatch):
     def asked(source, **_):
         raise AssertionError(f"the hub was asked for {source}")
 
-    monkeypatch.setattr("sources.find.snapshot_download", asked)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
 
 
 def only_what_changed(patch, model, loaded):

@@ -886,7 +886,7 @@ def test_from_a_scene_to_two_videos_side_by_side_and_one_painted_again(server, s
     edit_and_paint_again(server, shown)
 
     shown.js("document.querySelector('.card a').click()")
-    waited(lambda: (shown.downloads / "dream-1.zip").exists())
+    waited(lambda: zipfile.is_zipfile(shown.downloads / "dream-1.zip"))  # there, and whole
     names = zipfile.ZipFile(shown.downloads / "dream-1.zip").namelist()
     wrote = ["motion.safetensors", "run.json", "video.mp4", "flow.mp4", "segmentation.mp4", "depth.mp4", "grid.gif"]
     assert {f"out/{name}" for name in [*wrote, "input.png"]} | {"ids.png", "depth.png", "arrows.json"} <= set(names)

@@ -481,7 +481,7 @@ def test_hub_downloads_only_what_is_needed(monkeypatch, tmp_path):
             (tmp_path / "unet/diffusion_pytorch_model.safetensors").touch()
         return str(tmp_path)
 
-    monkeypatch.setattr("sources.find.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert resolve_source("some/model", "unet") == tmp_path / "unet"
     always = ["unet/config.json", "unet/*.index*.json"]
     assert asked[0] == ("some/model", [*always, "unet/*.fp16*.safetensors"])  # first choice
@@ -513,7 +513,7 @@ def test_hub_errors_say_what_to_do(kind, advice, monkeypatch):
     def snapshot(repo, allow_patterns):
         raise error.__new__(error)
 
-    monkeypatch.setattr("sources.find.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(ValueError, match=advice) as caught:
         resolve_source("some/model", "unet")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("some/model: ")
