@@ -223,8 +223,9 @@ def take_step(
         for name, value in compute(next(batches)).items():
             sums[name] = sums.get(name, 0.0) + value
 
-    # Line 7: the update, unless the gradient is not finite. AdamW sees that by itself: a GPU whose norm was read first
-    # would have nothing to do meanwhile. The norm is that of all processes: they skip together.
+    # Line 7: the update, unless the gradient is not finite. A fused AdamW leaves it out by itself where found_inf is 1:
+    # a GPU whose norm was read first would have nothing to do meanwhile. The norm is that of all processes: they skip
+    # together.
     norm = learner.clip_gradients(arguments.clip_grad)
     learner.optimizer.found_inf = (~norm.isfinite()).float()
     learner.optimizer.step()

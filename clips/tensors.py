@@ -33,12 +33,6 @@ def check_numbers(name: str, value: Tensor, shape: Sequence[int | str], device: 
         raise ValueError(f"{name} holds a value that is not finite")
 
 
-def check_step(x0: Tensor, predicting: str, i: int, steps: int) -> None:
-    """FloatingPointError for a step of a sampler that is not finite."""
-    if not x0.isfinite().all():
-        raise FloatingPointError(f"{predicting}: step {i + 1} of {steps} is not finite")
-
-
 def check_ids(name: str, value: Tensor, shape: Sequence[int | str], device: torch.device) -> None:
     check_shape(name, value, shape)
     check_place(name, value, device)
@@ -79,6 +73,12 @@ def check_sampler(frames: int, steps: int, guidance: tuple[float, float], genera
         raise ValueError(f"guidance is {guidance!r}, expected two numbers: of the first and of the last frame")
     if not isinstance(generator, torch.Generator | None):
         raise ValueError(f"generator is {generator!r}, expected a torch.Generator")
+
+
+def check_step(x0: Tensor, predicting: str, i: int, steps: int) -> None:
+    """FloatingPointError for a step of a sampler that is not finite."""
+    if not x0.isfinite().all():
+        raise FloatingPointError(f"{predicting}: step {i + 1} of {steps} is not finite")
 
 
 def check_per_clip(name: str, value: float | Tensor, count: int) -> None:

@@ -119,7 +119,7 @@ def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subpr
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    """Latents of the clips that there are; of Stage I's, Stage II needs all. Ends with it where it fails."""
+    """Latents of the clips that there are: Stage II's, which have all of Stage I's. Ends with it where it fails."""
     told = [sys.executable, "-m", "clips.encode", Path(arguments.out) / "clips", "--model"]
     told += [arguments.start or arguments.out, "--preset", arguments.preset, "--stage", 2, "--set", *STAGES["2"]]
     told += ["--workers", 4] if torch.cuda.is_available() else []

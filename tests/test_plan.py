@@ -166,14 +166,14 @@ def test_the_command_says_what_it_would_take_and_writes_nothing(monkeypatch, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_the_full_size_is_that_of_a_gpu_within_a_tenth(monkeypatch, capsys, tmp_path):
+def test_the_full_size_is_that_of_a_gpu_within_a_twentieth(monkeypatch, capsys, tmp_path):
     """Measured on an H200, 14 frames of 512x320, batch 1, bf16: 50.6 and 35.9 GB (commit 59b7b3f)."""
     told = ("--stage", 1, "--data", "none", "--out", tmp_path / "out", "--init", "some/repository", "--batch", 1)
     told += ("--dry-run", 1)
     head, rows = dry(monkeypatch, capsys, *told)
     assert head.startswith("14 frames of 512x320, batch 1, bf16: 1,539,115,830 parameters")
     assert rows["weights"] == [pytest.approx(6.156)] * 2
-    assert rows["peak"] == pytest.approx([50.6, 35.9], rel=0.1)
+    assert rows["peak"] == pytest.approx([50.6, 35.9], rel=0.05)
 
 
 def test_sizes_come_from_what_is_there(monkeypatch, capsys, tmp_path):
