@@ -7,7 +7,7 @@
 
 1. Workers simulate clips of all scenarios into OUT/clips, as long as anything trains (one worker or two: as long as the
    VAE does).
-2. The VAE learns all worlds, for a quarter of the minutes, from the clips that there are when it begins.
+2. The VAE learns all worlds, for three tenths of the minutes, from the clips that there are when it begins.
 3. Both stages learn at the same time, for the rest of the minutes, in rounds: each begins with the clips that there are
    by then. Their latents are made once, those of a later round while the former goes on.
 4. The model is measured on a few clips of each world that it has not seen (demo/measure.py), and card.md says what went
@@ -42,7 +42,7 @@ from clips.scenes import SCENARIOS  # noqa: E402
 from motion_dreamer import MotionDreamer  # noqa: E402
 from svd import VAE, ImageEncoder  # noqa: E402
 
-VAE_SHARE, ROUNDS = 0.25, 2  # of the minutes; of both stages
+VAE_SHARE, ROUNDS = 0.3, 2  # of the minutes; of both stages
 BATCH = {"vae": (8, 1), "1": (64, 4), "2": (64, 4)}  # on a GPU, on cores
 SHARE = {"vae": (1.0, 1.0), "1": (1.0, 1.0), "2": (0.6, 1.0)}  # of the minutes; then Stage I has the GPU
 LOOK_SEED = 6000000  # of the first clip that the model is measured by
@@ -54,6 +54,7 @@ STAGES = {
     "1": [*TOLD, "told=true", "sigma_mean=2.0"],
     "2": [*TOLD, "parameterization=x0", "draft=true", "sigma_mean=1.2"],
 }
+PRECISION = ["--precision", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []  # else that of the device
 PARTS = {"vae": VAE, "image_encoder": ImageEncoder, "stage1": MotionDreamer, "stage2": MotionDreamer}
 
 
@@ -101,19 +102,19 @@ def simulating(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
 
 def training(arguments: argparse.Namespace, stage: str, minutes: float) -> subprocess.Popen:
     """train.py of one part, on the GPU if there is one."""
-    gpu, bf16 = torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported()
+    gpu = torch.cuda.is_available()
     told = [sys.executable, "train.py", "--stage", stage, "--minutes", minutes * SHARE[stage][not gpu]]
     told += ["--start", arguments.start] if arguments.start else ["--preset", arguments.preset]
     told += ["--data", Path(arguments.out) / "clips", "--out", arguments.out, "--seed", arguments.seed, "--quiet"]
     told += ["--sample-every", 0, "--save-every", 1000 if gpu else 300, "--cooldown", 0.7]
     told += ["--batch", BATCH[stage][0], "--workers", 4] if gpu else ["--batch", BATCH[stage][1]]
-    told += ["--precision", "bf16"] if bf16 else []
+    told += PRECISION
     if stage == "vae":
         told += ["--frames", min(4, arguments.frames)]  # two would have no inner ones: see `vae_loss`
     else:
-        told += ["--lr", 1e-3, "--ema", 0.995, "--cuda-graph"] if gpu else []
-        told += ["--set", *STAGES[stage]]
-    threads = max(1, (os.cpu_count() or 1) // 2)
+        told += ["--lr", 1e-3, "--cuda-graph"] if gpu else []
+        told += ["--ema", 0.995, "--set", *STAGES[stage]]
+    threads = max(1, (os.cpu_count() or 1) // (1 if stage == "vae" else len(STAGES)))  # trained alone, or side by side
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(list(map(str, told)), cwd=HERE.parent, env=environment)
 
@@ -123,6 +124,7 @@ def encode(arguments: argparse.Namespace) -> None:
     told = [sys.executable, "-m", "clips.encode", Path(arguments.out) / "clips", "--model"]
     told += [arguments.start or arguments.out, "--preset", arguments.preset, "--stage", 2, "--set", *STAGES["2"]]
     told += ["--workers", 4] if torch.cuda.is_available() else []
+    told += PRECISION
     if code := subprocess.run(list(map(str, told)), cwd=HERE.parent).returncode:
         sys.exit(code)
 
