@@ -90,7 +90,8 @@ def simulating(arguments: argparse.Namespace) -> Iterator[subprocess.Popen]:
     told += ["--size", arguments.size, "--frames", arguments.frames]
     told += ["--seed", arguments.seed, "--workers", arguments.workers]
     log = open(Path(arguments.out) / "simulate.txt", "a")  # noqa: SIM115 (open as long as the process)
-    process = subprocess.Popen(list(map(str, told)), cwd=HERE.parent, stdout=log, stderr=log, start_new_session=True)
+    how = {"cwd": HERE.parent, "stdout": log, "stderr": log, "start_new_session": True}
+    process = subprocess.Popen(list(map(str, told)), env=os.environ | {"TQDM_MININTERVAL": "20"}, **how)
     try:
         yield process
     finally:
