@@ -196,7 +196,7 @@ def summary(arguments: argparse.Namespace, seconds: float) -> dict:
 def card(arguments: argparse.Namespace, record: dict, figures: str) -> str:
     """Markdown: the command, what went in, what came out."""
     told, size = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), f"{arguments.frames} frames of {arguments.size}"
-    time_ = f"{record['seconds'] / 60:.0f} minutes, {record['minutes']:g} of them training"
+    time_ = f"{record['seconds'] / 60:.0f} minutes, {record['minutes']:g} of them training, before it was measured"
     where = f"{record['device']}, {record['cores']} cores, torch {record['torch']}, seed {record['seed']}"
     lines = ["# What this model is", "", f"Made by `python demo/{told}`: {time_}; {where}.", ""]
     lines += [f"{record['clips']:,} distinct clips, {size}: {arguments.scenario}.", ""]
