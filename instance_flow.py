@@ -9,7 +9,7 @@ a user's arrows (Eq. 4). Where the masked flow moves, the motion enhancement los
 
 Symbols: O flow [T, 2, H, W] (dx right, dy down, pixels per frame step, frame t -> t+1), S ids (0 = background, 1..255
 objects), M^(i) mask of object i in the first frame, F instance flow [2, H, W], p masking ratio, tau threshold in pixels
-per frame step, v an arrow in pixels, delta frame steps per arrow: v delta is the flow of an arrow v.
+per frame step, v an arrow in pixels, delta = 1 / (frame steps that an arrow spans): v delta is pixels per frame step.
 """
 
 from __future__ import annotations
@@ -216,15 +216,16 @@ def motion_mask(F: Tensor, tau: float) -> Tensor:
 
 
 def sparse_flow(flow: Tensor, segmentation: Tensor, points: int, generator: torch.Generator | None = None) -> Tensor:
-    """The control of MOFA-Video (baseline of Table 3): vectors at `points` sampled pixels, zero elsewhere.
+    """Vectors of dense flow at `points` sampled pixels, zero elsewhere, as in MOFA-Video.
 
     Shapes as in `instance_flow`. A vector is the mean over time of the flow at a pixel of an object's first-frame mask.
+    The row of Table 3 takes `sparse_points` of F instead, in training as in sampling: see docs/choices.md.
     """
     return sparse_points(instance_flow(flow, segmentation, reduce="pixel"), points, generator)
 
 
 def sparse_points(F: Tensor, points: int, generator: torch.Generator | None = None) -> Tensor:
-    """F [2, H, W] or [B, 2, H, W] at `points` pixels, zero elsewhere.
+    """The control of Table 3's "sparse optical flow": F [2, H, W] or [B, 2, H, W] at `points` pixels, zero elsewhere.
 
     They are drawn without replacement, each with the same chance, among those where F is not zero; all of them when
     there are fewer.

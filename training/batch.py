@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instance_flow import instance_flow, motion_mask, random_mask, sparse_flow, uniform
+from instance_flow import instance_flow, motion_mask, random_mask, sparse_points, uniform
 from motion_dreamer import MOTION_BUCKET, POINTS, Batch, MotionDreamer, SmallStageConfig, StageConfig, Told
 from svd import VAE, gaussian
 
@@ -52,7 +52,7 @@ def training_batch(
     F, mask = push_alone(config, F, mask, flow, S, generator)  # an extra: see below
     M = motion_mask(F, config.motion_threshold)  # Eq. 11
     if config.control == "sparse_flow":
-        F = sparse_flow(flow * mask[:, None], S[:, 0], POINTS, generator)
+        F = sparse_points(F, POINTS, generator)  # as a user's arrows become: `sampling_condition`
 
     # A motion bucket says how much will move: only a stage that is given the motion may know.
     lots = uniform((len(image),), generator, device)
@@ -75,10 +75,9 @@ def training_batch(
 
 
 def sometimes_told(camera: Tensor, lots: Tensor, p: float) -> Tensor:
-    """c [B, 2], left out with probability p: 0, which is what sampling tells where nobody says a camera motion
-    (supplement, section 9). lots [B] have decided of the motion bucket already; what comes after their tenth bit has
-    not, and is a lot by itself. With a draw of its own, all later draws would be others than before c was left out,
-    for clips of a camera at rest too, which this leaves as they are."""
+    """c [B, 2], set to 0 with probability p: what sampling tells where nobody says a camera motion (supplement,
+    section 9). The chance comes from the bits of `lots` [B] after the tenth; the higher ones have decided about the
+    motion bucket. So no further random number is drawn, and clips whose camera rests train bit for bit as before."""
     return torch.where((lots * 1024 % 1 < p)[:, None], 0, camera)
 
 
@@ -98,7 +97,7 @@ def show_marked(clips: Clips, only_marked: Tensor) -> Clips:
 def push_alone(
     config: StageConfig, F: Tensor, mask: Tensor, flow: Tensor, S: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """SmallStageConfig.mask_start: a share of the clips shows the arrows of what moves at once, and no other."""
+    """SmallStageConfig.mask_start: of what Eq. 9 has left, a share of the clips shows only what moves at once."""
     if not isinstance(config, SmallStageConfig) or config.mask_start == 0:
         return F, mask
     start = instance_flow(flow, S, "start")
