@@ -30,7 +30,7 @@ def flow_to_picture(flow: Tensor) -> Tensor:
 
 def picture_to_flow(picture: Tensor) -> Tensor:
     """[..., 3, H, W] -> [..., 2, H, W]: direction from (u, v), length the geometric mean of theirs and of the third
-    channel's, which is small where either is: noise in a picture of no motion stays below it.
+    channel's. It is small if either is small, so noise in a picture of no motion decodes to almost none.
     """
     squash = math.asinh(FLOW_RANGE)
     flow = (picture[..., :2, :, :] * squash).sinh()
@@ -146,7 +146,9 @@ def depth_to_picture(depth: Tensor, first: Tensor | None) -> Tensor:
 
 def picture_to_depth(picture: Tensor, first: Tensor | None) -> Tensor:
     """[..., T, 3, H, W] -> depth [..., T, H, W]; what decodes to "beyond infinity" becomes 100 times the nearest
-    distance."""
+    distance, or the farthest of the first frame where that is more."""
     low, length, high = _scale(first, picture)
-    inverse = (picture.mean(dim=-3) + 1) / 2 * length + low
-    return 1 / torch.maximum(inverse, high / 100)
+    inverse, least = (picture.mean(dim=-3) + 1) / 2 * length + low, high / 100
+    if first is not None:
+        least = torch.minimum(least, 1 / first.amax(dim=(-2, -1))[..., None, None, None].to(least))
+    return 1 / torch.maximum(inverse, least)

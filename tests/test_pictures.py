@@ -163,6 +163,11 @@ def test_depth_codec_is_invertible_also_beyond_the_first_frame():
     flat = torch.full((1, 2, 2), 3.0)
     torch.testing.assert_close(pictures.picture_to_depth(pictures.depth_to_picture(flat, flat[0]), flat[0]), flat)
     assert torch.isfinite(pictures.picture_to_depth(torch.full((1, 3, 2, 2), -5.0), first)).all()
+    wide = torch.tensor([[[0.5, 100.0]], [[1.0, 400.0]], [[1.0, 9.0]]])[:, None]  # a street: 200 times as far as near
+    picture = pictures.depth_to_picture(wide, wide[:, 0])
+    torch.testing.assert_close(pictures.picture_to_depth(picture, wide[:, 0]), wide, rtol=1e-4, atol=1e-4)
+    beyond = pictures.picture_to_depth(torch.full_like(picture, -9.0), wide[:, 0])[:, 0, 0, 0]
+    torch.testing.assert_close(beyond, torch.tensor([100, 400, 100 / (1 + 0.25 * 8 / 9)]))
 
 
 def test_depth_pictures_of_a_batch():
