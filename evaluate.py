@@ -287,10 +287,9 @@ def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
     for k, path in enumerate(tqdm(paths, "measuring", unit="clip", disable=arguments.quiet)):
         scene = truth_of(path, clips.frames, device)
         true, seen = scene.truth["arrow"]["rgb"], read(k, scene.truth["arrow"]["fps"].item())
-        known = metrics.ids_by_color(true, scene.truth["arrow"]["segmentation"][0])
         for name, video in (seen | {"still": true[:1].expand_as(true), "truth": true}).items():
             video = video.to(device)
-            rows[name].append(metrics.video_figures(video, scene, known) if "physics" in arguments.metrics else {})
+            rows[name].append(metrics.video_figures(video, scene) if "physics" in arguments.metrics else {})
             features.add(name, {"rgb_own": video}, scene)
     compared = {name: Row([some], [features.draws(name)]) for name, some in rows.items()}
     figures = {name: metrics.average(row) for name, row in compared.items()}

@@ -150,13 +150,6 @@ def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
     return ids[nearest]
 
 
-def ends_by_color(video: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
-    """First and last frame of a video [T, 3, H, W] as ids by colour [2, H, W], and those of the true video."""
-    true = scene.truth["arrow"]
-    first = true["segmentation"][0]
-    return ids_by_color(video[[0, -1]], first), ids_by_color(true["rgb"][[0, -1]], first)
-
-
 def of_the_visible(
     says: Callable[[Tensor], set[int]], seen: Tensor, known: Tensor, truly: set[int], among: set[int]
 ) -> Sums:
@@ -172,9 +165,10 @@ def tellable(told: set[int], truly: set[int], among: Iterable[int]) -> set[int]:
 
 
 def far(ids: Tensor, objects: list[int]) -> set[int]:
-    """Of some objects, those whose middle is more than HIT pixels away in the last frame of ids [T, H, W]."""
-    before, after = centroids(ids[[0, -1]], objects)
-    return {i for i, way in zip(objects, (after - before).norm(dim=-1).tolist(), strict=True) if way > HIT}
+    """Of some objects, those whose middle is more than HIT pixels away in the last frame of ids [T, H, W], or where it
+    was seen last: what leaves the picture has moved."""
+    places = centroids(ids, objects)
+    return {i for i, way in zip(objects, (places[-1] - places[0]).norm(dim=-1).tolist(), strict=True) if way > HIT}
 
 
 # -------------------------------------------------------------------------------------------------- who will be hit
@@ -221,8 +215,8 @@ def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
         said, known = (carried_far(maps, first, among) for maps in (made, true))
         figures["hit"] = two_classes(said, hit, tellable(known, hit, among))
     if among and "rgb_own" in made:
-        seen, known = ends_by_color(made["rgb_own"], scene)
-        figures["hit_video"] = of_the_visible(lambda ids: far(ids, sorted(among)), seen, known, hit, among)
+        seen = ids_by_color(made["rgb_own"], first), scene.by_color
+        figures["hit_video"] = of_the_visible(lambda ids: far(ids, sorted(among)), *seen, hit, among)
     return figures
 
 
@@ -311,10 +305,14 @@ class Scene:
         return bool(self.truth["arrow"]["segmentation"].any())
 
     @cached_property
+    def by_color(self) -> Tensor:
+        """Ids by colour [T, H, W] of the true video."""
+        return ids_by_color(self.truth["arrow"]["rgb"], self.truth["arrow"]["segmentation"][0])
+
+    @property
     def told_by_color(self) -> Tensor:
         """Where the true video, by colour, shows the true ids: bool [T, H, W]."""
-        true = self.truth["arrow"]
-        return ids_by_color(true["rgb"], true["segmentation"][0]) == true["segmentation"]
+        return self.by_color == self.truth["arrow"]["segmentation"]
 
     @property
     def has_depth(self) -> bool:
@@ -350,7 +348,8 @@ def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     if scene.rows:
         figures |= fallen_figures(made, scene)
         if "rgb_own" in made:
-            figures["fallen_video"] = fallen_in_video(*ends_by_color(made["rgb_own"], scene), scene)
+            last = ids_by_color(made["rgb_own"][[0, -1]], true["segmentation"][0])
+            figures["fallen_video"] = fallen_in_video(last, scene.by_color, scene)
     return figures
 
 

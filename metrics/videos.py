@@ -175,24 +175,20 @@ def resized(pictures: np.ndarray, size: tuple[int, int], stretch: bool, path: Pa
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def video_figures(video: Tensor, scene: Scene, known: Tensor | None = None) -> dict[str, Sums]:
+def video_figures(video: Tensor, scene: Scene) -> dict[str, Sums]:
     """What a video [T, 3, H, W] alone tells, against the truth of its clip.
 
     psnr_video: of clips that move. ids_video: mIoU of its ids by colour with those of the true video by colour.
     moved_video, hit_video, fallen_video: which objects move by more than HIT pixels, are hit, have fallen, balanced
-    accuracy `of_the_visible`. So the true video has full marks. known: `ids_by_color` of the true video, which spares
-    looking again for every row."""
+    accuracy `of_the_visible`. So the true video has full marks."""
     true, meta, objects = scene.truth["arrow"], scene.meta["arrow"], scene.objects
     first, figures = true["segmentation"][0], {}
     if (true["flow"].norm(dim=1) > MOVING).any():  # else a still picture is perfect: its decibels drown the others
         figures["psnr_video"] = mean_of(psnr(video, true["rgb"]))
     if not objects:
         return figures
-    known = ids_by_color(true["rgb"], first) if known is None else known
-    seen = ids_by_color(video, first)
+    there = seen, known = ids_by_color(video, first), scene.by_color
     figures["ids_video"] = mean_of(mean_iou(seen, known, background=True))
-
-    there = (seen, known)
     truly = far(true["segmentation"], objects)
     figures["moved_video"] = of_the_visible(lambda ids: far(ids, objects), *there, truly, set(objects))
     if meta.keys() >= HIT_TRUTH:

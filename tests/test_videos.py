@@ -411,6 +411,20 @@ def test_what_colours_cannot_tell_is_not_asked(clips):
     assert metrics.video_figures(video, scene)["moved_video"] == (0, 0, 1, 1)
 
 
+def test_what_has_left_the_picture_has_moved():
+    """One that goes out to the right, and one that stays; a video in which both stay is right of the second alone."""
+    ids = torch.zeros(8, 24, 48, dtype=torch.long)
+    for t in range(8):
+        ids[t, 4:10, 10 + 6 * t : 18 + 6 * t] = 1
+        ids[t, 14:20, 4:12] = 2
+    assert not (ids[-1] == 1).any()
+    video = torch.tensor([[-0.9, -0.9, -0.9], [0.9, -0.5, 0.0], [0.0, 0.9, -0.5]])[ids].movedim(-1, 1)
+    maps = {"rgb": video, "segmentation": ids, "flow": torch.zeros(8, 2, 24, 48)}
+    scene = metrics.Scene(Path("x"), {"arrow": maps}, {"arrow": {"pushed": 0}})
+    assert metrics.video_figures(video, scene)["moved_video"] == (1, 1, 1, 1)
+    assert metrics.video_figures(video[:1].expand_as(video), scene)["moved_video"] == (0, 1, 1, 1)
+
+
 def test_clips_of_any_origin_have_the_figures_that_they_allow(clips):
     """Without ids, without the simulator's truth, without motion."""
     clip = Clip.load(clips[0].path)
