@@ -100,7 +100,7 @@ class StageConfig:
 
     @property
     def latents(self) -> dict[str, bool]:
-        """Modalities whose latents the stage needs; True: of every frame, False: of the first (but I_0's)."""
+        """Latents that are made in advance. True: of all frames; False: of frame 0. (`tell` makes a noisy I_0's.)"""
         first = {name: False for name in self.first_frame if name != "rgb"}
         return first | dict.fromkeys((*self.predict, *self.given), True)
 
@@ -424,7 +424,7 @@ def sampling_condition(
     stage: MotionDreamer, told: Told, motion: Motion | None, vae: VAE, image_encoder: ImageEncoder,
     generator: torch.Generator | None
 ) -> Condition:  # fmt: skip
-    """What a user tells -> Condition. As in training, only Stage II hears a bucket; sparse control is a few points."""
+    """What a user tells -> Condition. As in training: no bucket for who is not given motion; sparse F at POINTS."""
     firsts = {"segmentation": told.segmentation, "depth": told.depth}
     maps = {"rgb": told.image[:, None]} | {name: value[:, None] for name, value in firsts.items()}
     maps |= {name: getattr(motion, name) for name in stage.config.given}
@@ -493,7 +493,7 @@ class SmallStageConfig(StageConfig):
     show_flow: bool = False  # C^(s) sees F too
     told: bool = False  # C^(s) sees where F tells something: "told to stay" is not "not told"
     draft: bool = False  # Stage II sees and corrects a draft of every frame (`draft_video`) for I_0's latents
-    mask_start: float = 0.0  # share of clips that show the arrows of what moves at once (the push), and no other
+    mask_start: float = 0.0  # share of clips that show no arrows but of what moves at once (the push); Eq. 9 stays
 
     def __post_init__(self) -> None:
         super().__post_init__()

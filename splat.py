@@ -282,7 +282,7 @@ def _count_gpu(
     flow: tl.tensor, metric: tl.tensor, index: tl.tensor, share: tl.tensor, start: tl.tensor, place: tl.tensor, H: int,
     W: int, n: int, J_: tl.constexpr,
 ) -> None:  # fmt: skip
-    """corners(): target and share b of every corner. start counts what lands on a target, place numbers it, -1: no."""
+    """corners(): target and share b of each. start counts those that land on a target; place numbers them, -1: none."""
     i, P = tl.program_id(1).to(tl.int64), H * W
     j = tl.program_id(0) * J_ + tl.arange(0, J_)  # [J_]
     q, right, below = j // 4, j % 2, j // 2 % 2

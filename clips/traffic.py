@@ -4,8 +4,8 @@ Three rules:
     follow   the Intelligent Driver Model (Treiber, Hennecke, Helbing 2000, Phys. Rev. E 62, 1805): `idm`
     change   into a lane where nobody has to brake hard for it (the safety criterion of MOBIL: Kesting, Treiber, Helbing
              2007, Transp. Res. Rec. 1999, 86): `may_change`
-    give way where two paths meet, the other goes first if it is out before the ego car comes, with GAP seconds to
-             spare (gap acceptance: Treiber, Kesting 2013, Traffic Flow Dynamics); else it waits: `Zone.decide`
+    give way where two paths meet, the other goes first if it is out before the ego car comes, with a gap to spare
+             of its own (gap acceptance: Treiber, Kesting 2013, Traffic Flow Dynamics); else it waits: `Zone.decide`
 Who may not go yet brakes for the line as for a car that stands there, so the ego car gives way by the first rule.
 
 User 0 is the ego car, user 1 the other one that a case is about. Drivers are in a hurry: a clip lasts 1.6 s. What the

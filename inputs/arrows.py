@@ -4,8 +4,8 @@
     F = arrows_to_flow(arrows, torch.from_numpy(ids).long(), frames=14)        # [2, H, W]
 
 Places in an image: x to the right, y down, from the top left corner of the top left pixel. Pixel (i, j) is the square
-from (i, j) to (i + 1, j + 1); it is in a shape when its centre is. delta: frame steps per arrow; v delta is the flow of
-an arrow v.
+from (i, j) to (i + 1, j + 1); it is in a shape when its centre is. delta: 1 / (frame steps that an arrow spans):
+v delta is the flow of an arrow v, in pixels per frame step.
 
 "Not told" is not "told to stay". An object without an arrow is not told: it may move or not, and with an empty list
 nothing is told about motion at all. An arrow of no length tells its object to stay, and "rest": "still" tells all

@@ -208,12 +208,14 @@ def test_camera_starts_silent_and_then_matters():
     x, sigma = torch.randn(2, 3, 12, 5, 7), torch.tensor([0.5, 2.0])
     still = replace(cond, camera=torch.zeros(2, 2))
     assert torch.equal(model.denoise(x, sigma, cond), model.denoise(x, sigma, still))
-    for part in (model.camera.mlp, model.camera.queries):  # through the token's values; through the queries
-        before = {name: value.clone() for name, value in part.state_dict().items()}
-        randomize(model.camera.mlp, scale=0.3)
-        randomize(part, scale=0.3)
-        assert (model.denoise(x, sigma, cond) - model.denoise(x, sigma, still)).abs().max() > 1e-4
-        part.load_state_dict(before)
+    randomize(model.camera.mlp, scale=0.3)
+    by_values = model.denoise(x, sigma, cond)
+    assert (by_values - model.denoise(x, sigma, still)).abs().max() > 1e-4
+    for layer in model.camera.queries:  # each acts by itself, at the same c
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        randomize(layer, scale=0.3)
+        assert (model.denoise(x, sigma, cond) - by_values).abs().max() > 1e-4
+        layer.load_state_dict(before)
 
 
 # ---------------------------------------------------------------------------------------------------- Eq. 5, 10, 11, 12
