@@ -109,6 +109,8 @@ def read_ids(path: str | os.PathLike, colors: bool = False) -> np.ndarray:
         if not np.isin(alpha, (0, 255)).all():
             raise ValueError(f"{path}: has half transparent pixels: an id is there or not")
         values = np.where(alpha.reshape(alpha.shape + (1,) * (values.ndim - 2)) == 0, 0, values)
+    if picture.mode in ("P", "PA"):
+        _check_palette(picture, values, path)
     if values.ndim == 2:
         return _checked_ids(values, path)
     if not colors:
@@ -118,6 +120,16 @@ def read_ids(path: str | os.PathLike, colors: bool = False) -> np.ndarray:
     if len(found) > 256:
         raise ValueError(f"{path}: has {len(found)} colours, expected one for each object, 255 at most")
     return ids[:-1].reshape(packed.shape).astype(np.uint8)
+
+
+def _check_palette(picture: Image.Image, indices: np.ndarray, path: str | os.PathLike) -> None:
+    """Refuses a palette that a program has ordered anew, so that its indices are no longer ids: another one than 0 is
+    black, the colour of the background, and 0 is not."""
+    colors = np.array(picture.getpalette("RGB")).reshape(-1, 3)
+    black = [i for i in np.unique(indices) if i < len(colors) and not colors[i].any()]
+    if colors[0].any() and black:
+        told = f"has a palette whose black is {black[0]} and whose 0, the background, is a colour"
+        raise ValueError(f"{path}: {told}: save it as RGB or gray")
 
 
 def _checked_ids(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:

@@ -60,14 +60,17 @@ def _load(flag: str, class_name: str, name: str, local: bool) -> Any:  # noqa: A
     """A model or processor of transformers from a hub id or folder. Raises ValueError of one line that names flag and
     model, also where weights are missing, which transformers would fill with random numbers."""
     check_model(f"--{flag}", name)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     local = local or Path(name).is_dir()  # else the hub is asked for what a folder lacks
     settings = {} if class_name == "AutoImageProcessor" else {"output_loading_info": True}
     try:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         loaded = getattr(transformers, class_name).from_pretrained(name, local_files_only=local, **settings)
+    except AttributeError:
+        told = f"transformers {transformers.__version__} has no {class_name}: pip install -U transformers"
+        raise ValueError(f"--{flag} {name}: {told}") from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ValueError(f"--{flag} {name}: {first_line(error)}") from None
     if not settings:

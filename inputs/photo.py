@@ -29,6 +29,7 @@ from svd import VAE
 # -------------------------------------------------------------------------------------- pictures that a user brings
 
 
+SPECK = 0.0005  # of the picture: an id that is smaller is no object that somebody marks
 LEAST_DECIBELS = 27  # from a picture to what the VAE gives back: between what it was trained on and photos
 DARKEST = 15  # of 255: where nothing is brighter, values were read in the wrong range
 ONE_OF_MANY = ("MPO", "PSD")  # formats whose first picture is the photo: others are previews, gain maps or layers
@@ -205,9 +206,23 @@ def read_inputs(arguments: argparse.Namespace, arrows_path: str | None, device: 
         print(line)
     if told:
         print("Only the arrows' objects are marked. Mark every object that can move: --segmentation ids.png")
+    if given.rest and not set(np.unique(ids)) - {0} - {arrow.instance for arrow in arrows.arrows}:
+        raise ValueError(f'{given.name}: rest is "{given.rest}", but no other object is marked: --segmentation ids.png')
+    if path and (doubt := soft_edges(ids)):
+        print(f"{path}: {doubt}")
     objects = f"objects from {path}" if path else f"objects: {how}" if unnamed else "objects as the arrows say"
     depth = None if depth is None else torch.from_numpy(depth)
     return Inputs(rgb, given, arrows, torch.from_numpy(ids).long(), depth, f"{objects}; {depth_origin}")
+
+
+def soft_edges(ids: np.ndarray) -> str:
+    """What speaks against ids [H, W] that somebody painted, for people; "" if nothing does. A soft brush leaves a rim
+    of many values, each an id of a few pixels."""
+    sizes = np.bincount(ids.ravel(), minlength=256)[1:]
+    count, specks = np.count_nonzero(sizes), np.count_nonzero((sizes > 0) & (sizes < SPECK * ids.size))
+    if specks < 8 or 2 * specks < count:
+        return ""
+    return f"has {count} objects, {specks} of a few pixels: are its edges soft? Paint ids with a hard brush"
 
 
 def _picture_alone(arguments: argparse.Namespace, arrows_path: str | None, rgb: np.ndarray) -> Inputs:

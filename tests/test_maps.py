@@ -109,6 +109,10 @@ REFUSED_IDS = {
     "half.tiff": (Image.fromarray(IDS + np.float32(0.5)), "holds the id 0.5, expected whole numbers from 0 to 255"),
     "nan.tiff": (Image.fromarray(IDS * np.float32(np.nan)), "holds the id nan"),
     "blurred.jpg": (Image.fromarray(IDS), "is a JPEG picture, which may change ids"),
+    "ordered anew.png": (
+        palette(np.where(np.arange(256)[:, None] == 7, 0, COLORS | 1)),
+        "has a palette whose black is 7 and whose 0, the background, is a colour: save it as RGB or gray",
+    ),
     "renumbered.gif": (palette(), "is a GIF picture, which may change ids"),
     "print.tiff": (Image.fromarray(IDS).convert("CMYK"), "is a CMYK picture"),
     "lab.tiff": (Image.fromarray(IDS).convert("RGB").convert("LAB"), "is a LAB picture"),

@@ -190,6 +190,40 @@ def told_by(tmp_path, arrows, **settings):
     return read_inputs(argparse.Namespace(**told), str(tmp_path / "arrows.json"), "cpu")
 
 
+def test_rest_needs_others_to_tell(tmp_path):
+    """Without ids nothing is marked but what has an arrow, and "rest" would tell nobody anything, without a word."""
+    for arrows in ([], [{"start": [30, 20], "end": [50, 20]}], [{"start": [3, 3], "end": [5, 3], "box": [0, 0, 9, 9]}]):
+        with pytest.raises(ValueError, match=r'arrows\.json: rest is "still", but no other object is marked: --segm'):
+            told_by(tmp_path, {"arrows": arrows, "rest": "still"})
+    ids = np.zeros((40, 60), np.uint8)
+    ids[5:9, 5:9] = 4
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    inputs = told_by(tmp_path, {"arrows": [], "rest": "still"}, segmentation=str(tmp_path / "ids.png"))
+    assert inputs.told(4, fit(inputs, 60, 40)[1], "cpu")["mask"].sum() == 16
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_soft_edges_of_ids_are_told(tmp_path, capsys, soft):
+    """What a soft brush leaves around two things: each gray value is an object."""
+    y, x = np.mgrid[:400, :600]
+    near = np.maximum(*(120 - np.hypot(x - at, y - 200) for at in (180, 420)))
+    ids = np.clip(near * (0.5 if soft else 1e9), 0, 1) if not soft else np.clip(near / 12 + 0.5, 0, 1)
+    ids = (255 * ids).round().astype(np.uint8)
+    rgb = np.full((400, 600, 3), 90, np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "image.png")
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    (tmp_path / "arrows.json").write_text('{"arrows": []}')
+    names = {"image": "image.png", "segmentation": "ids.png"}
+    told = {name: str(tmp_path / file) for name, file in names.items()}
+    told |= {"segment": "auto", "segment_model": "x/y", "depth": "none", "depth_model": "x/y", "svd": None}
+    read_inputs(argparse.Namespace(**told), str(tmp_path / "arrows.json"), "cpu")
+    out = capsys.readouterr().out
+    if soft:
+        assert f"ids.png: has {len(np.unique(ids)) - 1} objects, " in out and "are its edges soft?" in out
+    else:
+        assert out == "" and len(np.unique(ids)) == 2
+
+
 def test_plain_svd_is_told_the_picture_alone_and_says_so(tmp_path, capsys):
     arrows = {"arrows": [{"start": [30, 20], "end": [50, 20]}], "camera": [1, 0], "depth": "none.png"}
     inputs = told_by(tmp_path, arrows, svd="weights", segmentation="ids.png", depth="depth.png")
