@@ -42,8 +42,8 @@ def rate_filter(source_fps: float, fps: float) -> str:
     return f"{early},fps={fps:.6g}:round=up"
 
 
-def read_video(path: Path, fps: float) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3] of a video file, `fps` a second.
+def read_video(path: Path, fps: float | None) -> Iterator[np.ndarray]:
+    """Frames uint8 [H, W, 3] of a video file, `fps` a second; None: every frame, whatever their times are.
 
     Raises ValueError that begins with the path: no video, or less than SLOWER times `fps` frames a second: to repeat a
     frame would be a standstill that nobody filmed.
@@ -51,12 +51,15 @@ def read_video(path: Path, fps: float) -> Iterator[np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        source_fps = frames_a_second(path)
-        if source_fps < SLOWER * fps:
-            raise ValueError(f"{path}: has {source_fps:g} frames a second, --fps {fps:g} asks for more")
-        filters = f"{rate_filter(source_fps, min(fps, source_fps))},scale='max(1,round(iw*sar))':ih,setsar=1"
+        filters = "scale='max(1,round(iw*sar))':ih,setsar=1"
+        if fps is not None:
+            source_fps = frames_a_second(path)
+            if source_fps < SLOWER * fps:
+                raise ValueError(f"{path}: has {source_fps:g} frames a second, --fps {fps:g} asks for more")
+            filters = f"{rate_filter(source_fps, min(fps, source_fps))},{filters}"
         # Where a recording changes its size, the first one holds; otherwise FFmpeg would begin to count anew.
-        words = {"input_params": ["-reinit_filter", "0"], "output_params": ["-vf", filters]}
+        words = {"input_params": ["-reinit_filter", "0"]}
+        words |= {"output_params": ["-vf", filters, "-fps_mode", "passthrough" if fps is None else "auto"]}
         stream = imageio_ffmpeg.read_frames(path, **words)
         width, height = next(stream)["size"]
         for frame in stream:

@@ -147,7 +147,10 @@ def read_file(path: Path, frames: int, fps: float) -> np.ndarray:
         raise ValueError(f"{path}: not a video ({first_line(error)})") from None
     if count != frames:
         check_rate(path, rate, count, frames, fps)
-    return np.stack(list(islice(read_video(path, rate if count == frames else fps), frames)))
+    pictures = list(islice(read_video(path, None if count == frames else fps), frames))
+    if len(pictures) < frames:
+        raise ValueError(f"{path}: shows {len(pictures)} frames at the clip's times, expected {frames}")
+    return np.stack(pictures)
 
 
 def check_rate(path: Path, rate: float, count: int, frames: int, fps: float) -> None:

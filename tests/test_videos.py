@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from films import ffmpeg, gray_levels, write_video
+from films import ffmpeg, gray_levels, retimed, write_video
 from PIL import Image
 from sensitivity import degraded, write_degraded
 
@@ -197,6 +197,8 @@ def test_frames_by_number_or_by_time(tmp_path):
     near = dict(abs=3)
     size = (24, 36)
     assert levels(metrics.read_fitted(film, 12, 10.0, size)) == pytest.approx(shades, **near)  # whatever its rate
+    uneven = retimed(film, tmp_path / "uneven.mp4", [100 * t + 100 * max(0, t - 6) for t in range(12)])
+    assert levels(metrics.read_fitted(uneven, 12, 10.0, size)) == pytest.approx(shades, **near)  # nor its frames' times
     assert levels(metrics.read_fitted(film, 4, 10.0, size)) == pytest.approx(shades[::3], **near)
     assert levels(metrics.read_fitted(film, 6, 15.0, size)) == pytest.approx(shades[::2], **near)
     assert levels(metrics.read_fitted(film, 5, 30.0, size)) == pytest.approx(shades[:5], **near)
