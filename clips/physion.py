@@ -42,7 +42,7 @@ from clips.annotate import (
     with_last,
 )
 from clips.clip import CAMERA_YAW_UNIT, Clip
-from sources import first_line
+from sources import expand_home, first_line
 
 if TYPE_CHECKING:
     import h5py
@@ -340,8 +340,9 @@ def read_trial(path: Path, cut: Cut, flow: Annotator | None, depth: Annotator) -
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def run_physion(arguments: argparse.Namespace) -> None:
-    """Raises ValueError, one line."""
+def run_physion(arguments: argparse.Namespace) -> int:
+    """A clip of every trial -> how many failed: of several, each has its line, and the others are done. Raises
+    ValueError, one line."""
     size, paths = arguments.size and parse_size(arguments.size), by_stem(arguments.trials)
     check_numbers(arguments, {"frames": 2, "step": 1, "start": 0, "view": 0})
     if arguments.fps is not None and not 0 < arguments.fps < math.inf:
@@ -350,11 +351,23 @@ def run_physion(arguments: argparse.Namespace) -> None:
     flow = None if arguments.flow == "exact" else flow_annotator(arguments.flow, arguments.flow_weights)
     depth = depth_annotator(arguments.depth, arguments.depth_model)
     cut = Cut(**{name: getattr(arguments, name) for name in vars(Cut())})
+    need("h5py", "physion", "h5py")
+    failed = 0
     for path in tqdm(paths, unit="trial"):
         file = out / f"{path.stem}.safetensors"
-        if not file.exists():
+        if file.exists():
+            continue
+        try:
             clip = read_trial(path, cut, flow, depth)
             (resize_clip(clip, size) if size else clip).save(file)
+        except ValueError as error:
+            if len(paths) == 1:
+                raise
+            tqdm.write(f"clips.physion: {error}", file=sys.stderr)
+            failed += 1
+    if len(paths) > 1:
+        print(f"{len(paths) - failed} of {len(paths)} trials done")
+    return failed
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -369,13 +382,14 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=float, help="frames a second of the file (default: 100 of files with _img_camN, 30 of others)")
     add("--size", help="WIDTHxHEIGHT (default: as rendered)")
     add_models(parser, "exact", "none")
-    return parser.parse_args(words)
+    return expand_home(parser.parse_args(words))
 
 
 def main() -> None:
     arguments = parse_arguments()
     try:
-        run_physion(arguments)
+        if run_physion(arguments):
+            sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"clips.physion: {error}", file=sys.stderr)
         sys.exit(2)

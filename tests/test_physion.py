@@ -333,6 +333,21 @@ def test_physion_refuses(tmp_path, without, words, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_of_several_trials_the_damaged_one_is_told_and_the_others_are_done(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("h5py")
+    (tmp_path / "a.hdf5").write_bytes(b"no such format" * 9)
+    write_trial(tmp_path / "b.hdf5", Spheres(16, 21, False))
+    told = ["clips.physion", tmp_path / "a.hdf5", tmp_path / "b.hdf5", "--out", tmp_path / "out"]
+    for _ in range(2):  # the second time, the good one is there
+        monkeypatch.setattr(sys, "argv", [str(word) for word in told])
+        with pytest.raises(SystemExit) as end:
+            physion.main()
+        out, error = capsys.readouterr()
+        assert end.value.code == 2 and "1 of 2 trials done" in out
+        assert [line for line in error.splitlines() if "clips.physion: " in line and "a.hdf5: " in line]
+        assert names_in(tmp_path / "out") == ["b.safetensors"]
+
+
 def test_damaged_trials_are_named(tmp_path):
     h5py = pytest.importorskip("h5py")
     (tmp_path / "a.hdf5").write_bytes(b"no such format" * 9)
