@@ -52,6 +52,7 @@ from clips import Clip, ClipDataset
 from metrics import Features, Maps, Row, Scene, Sums, extractors_of, frozen, markdown
 from motion_dreamer import StageConfig
 from show import written_whole
+from sources import expand_home
 from training import tables
 from training.prompts import export_prompts
 from training.sampler import PUSHES, Model, Sampler
@@ -359,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
     rows("--init", metavar="SVD", help="with --dry-run: rows that start from SVD's weights")
     rows("--dry-run", action="store_true", help="print the commands that train and measure the rows, data and hours")
     rows("--runs", metavar="DIR", help="where its models are kept, and found again")
-    arguments = parser.parse_args()
+    arguments = expand_home(parser.parse_args())
     check_flags(arguments, parser)
     return arguments
 

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from clips.clip import CAMERA_YAW_UNIT, Clip, clip_header
 from clips.maps import read_depth, read_flow, read_ids
 from clips.video import pieces, read_video
-from sources import check_model, first_line
+from sources import check_model, expand_home, first_line
 from weights import whole_file
 
 VIDEO_ENDINGS = {".3gp", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # in a folder
@@ -612,7 +612,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--segmentation-model", default="facebook/sam2.1-hiera-tiny", metavar="HUB_ID_OR_DIR", help=source)
     add("--camera", choices=("flow", "none"), default="flow", help="none: it stands still (default %(default)s)")
     add("--fov", type=float, default=50.0, help="vertical field of view of the clip, degrees (default %(default)s)")
-    return parser.parse_args(words)
+    return expand_home(parser.parse_args(words))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 
 from clips.clip import Clip, clip_header, find_clips
+from sources import expand_home
 
 # --------------------------------------------------------------------------------------------------------- command line
 
@@ -33,7 +34,7 @@ def check(folder: str | os.PathLike) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m clips.check", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", help="a folder of clips")
-    folder = parser.parse_args().folder
+    folder = expand_home(parser.parse_args()).folder
     try:
         problems = check(folder)
     except FileNotFoundError as error:

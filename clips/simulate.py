@@ -49,6 +49,7 @@ from clips.clip import Clip, clip_header
 from clips.rendering import Look, render
 from clips.scenes import BY_THEMSELVES, FRAME_TIME, PLANE, SCENARIOS, Scene, frame_camera, redraw_hidden
 from clips.traffic import OVERRIDES
+from sources import expand_home
 
 TIMESTEP = 0.0025  # of the physics
 SETTLE_TIME = 0.1  # seconds before frame 0, in which things come to rest
@@ -322,7 +323,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--mirror", action="store_true", help="for training: the mirror image of every clip, too (default: no)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
     add("--seed", type=int, default=0, help="of the first clip; the next ones count up from it (default %(default)s)")
-    return parser.parse_args(words)
+    return expand_home(parser.parse_args(words))
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[tuple]:

@@ -24,6 +24,7 @@ from bottle import Bottle, HTTPError, HTTPResponse, abort, request, response
 
 from page.edit import read_edit
 from page.studio import ROOT, Busy, Job, Studio, frames_of, ids_of, own_folder, sheet_of, without_paths
+from sources import expand_home
 
 DEMO = ROOT / "demo"
 LARGEST = 64 * 2**20  # bytes of a request
@@ -303,7 +304,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO, metavar="DIR", help="model folder (default: demo/)")
     parser.add_argument("--port", type=int, default=0, help="of 127.0.0.1 (default: any that is free)")
     parser.add_argument("--no-browser", action="store_true", help="only print the address (default %(default)s)")
-    arguments = parser.parse_args()
+    arguments = expand_home(parser.parse_args())
     try:
         serve(arguments.model, arguments.port, not arguments.no_browser)
     except (OSError, OverflowError, ValueError) as error:
