@@ -111,7 +111,9 @@ def choose_device(arguments: argparse.Namespace) -> None:
     if not found[arguments.device]:
         raise ValueError(f"--device {arguments.device}: torch finds none")
     if arguments.precision is None:
-        arguments.precision = {"cuda": "fp16" if arguments.svd else "bf16"}.get(arguments.device, "fp32")
+        native = found["cuda"] and torch.cuda.is_bf16_supported(including_emulation=False)
+        half = "fp16" if arguments.svd else "bf16" if native else "fp32"
+        arguments.precision = half if arguments.device == "cuda" else "fp32"
 
 
 # -------------------------------------------------------------------------------------------------------- what there is

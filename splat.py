@@ -34,6 +34,8 @@ from numpy import ndarray
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kernels.probe import triton_runs
+
 MODES = ("sum", "average", "linear", "softmax")
 BACKENDS = ("auto", "torch", "numba", "cuda")
 EPS = 1e-7  # a target whose weights sum to no more than this is a hole
@@ -543,15 +545,14 @@ def softsplat(
              less in total). softmax depends on differences of the metric only, never over- or underflows, and without a
              metric is average. linear expects metric >= 0: a target whose weights sum to 1e-7 or less is a hole.
     backend  "torch", "numba" (CPU) or "cuda" (Triton). "auto": numba on a CPU in float32, cuda on a GPU, where these
-             packages are installed; else, in a forked process and inside torch.func's transforms (grad, vmap), torch.
+             packages run; else, in a forked process and inside torch.func's transforms (grad, vmap), torch.
 
     A pixel with a non-finite flow vector or metric is dropped, alone, and its flow and metric get no gradient. At an
     integer vector the flow's gradient is one-sided, towards larger flow. Computes in float32 (float64 if x is), returns
     x's dtype. Raises ValueError with the argument's name and shape; ImportError if a named backend is not installed.
     """
     check(x, flow, metric, mode, backend)
-    B, C, H, W = x.shape
-    n, dtype = len(flow) // B, torch.promote_types(x.dtype, torch.float32)
+    (B, C, H, W), n, dtype = x.shape, len(flow) // len(x), torch.promote_types(x.dtype, torch.float32)
     backend = choose_backend(x.device.type, dtype) if backend == "auto" else backend
     with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         flow, metric = flow.to(dtype), None if metric is None else metric.to(dtype)
@@ -561,8 +562,7 @@ def softsplat(
         if backend == "cuda":
             return product(x, flow, metric, mode)
         metric = None if metric is None else metric.repeat_interleave(n, 0)  # [N,1,H,W]
-        index, weight = corners(flow, metric, mode)  # [N,4,P] each
-        out = product(x.to(dtype).flatten(2).contiguous(), index, weight)  # [B,C,P] -> [N,C,P]
+        out = product(x.to(dtype).flatten(2).contiguous(), *corners(flow, metric, mode))  # [B,C,P], [N,4,P] -> [N,C,P]
         return out.view(n * B, C, H, W).to(x.dtype)
 
 
@@ -572,7 +572,7 @@ def choose_backend(device: str, dtype: torch.dtype) -> str:
         return "torch"
     if device == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba"):
         return "numba"
-    return "cuda" if device == "cuda" and importlib.util.find_spec("triton") else "torch"
+    return "cuda" if device == "cuda" and triton_runs() else "torch"
 
 
 def check(x: Tensor, flow: Tensor, metric: Tensor | None, mode: str, backend: str) -> None:

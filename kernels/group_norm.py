@@ -22,7 +22,6 @@ Symbols: N samples (clips or frames), S rows, C channels, G groups, n s c g thei
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from math import ceil
@@ -31,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx as Context
 from torch.autograd.function import once_differentiable
+
+from kernels.probe import triton_runs
 
 tl = None  # triton.language, imported by the first call that needs it: Triton is not required
 
@@ -216,14 +217,9 @@ class GroupNormGPU(torch.autograd.Function):
 
 
 def usable(x: Tensor) -> bool:
-    """Whether `group_norm` takes x: on a GPU, with Triton, and not where torch.compile makes kernels of its own."""
+    """Whether `group_norm` takes x: on a GPU where Triton runs; not where torch.compile makes its own kernels."""
     known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return not torch.compiler.is_compiling() and x.is_cuda and known and has_triton()
-
-
-@cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return not torch.compiler.is_compiling() and x.is_cuda and known and triton_runs()
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:

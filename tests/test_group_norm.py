@@ -11,7 +11,9 @@ from triton_here import why_not
 
 import svd
 from kernels import group_norm as module
+from kernels import probe
 from kernels.group_norm import group_norm, split, usable
+from splat import choose_backend
 
 pytestmark = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
@@ -228,14 +230,34 @@ class OnGPU:
 
 
 def test_kernels_take_what_is_on_a_gpu_but_not_all_of_it(monkeypatch):
-    monkeypatch.setattr(module, "has_triton", lambda: True)
+    monkeypatch.setattr(module, "triton_runs", lambda: True)
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     assert [usable(OnGPU(kind)) for kind in kinds] == [True, True, True, False]
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not usable(OnGPU(torch.float32))
-    monkeypatch.setattr(module, "has_triton", lambda: False)
+    monkeypatch.setattr(module, "triton_runs", lambda: False)
     assert not usable(OnGPU(torch.float32))
+
+
+OLD = (7, 5), "compute capability 7.5, 8.0 is needed"
+
+
+@pytest.mark.parametrize(("capability", "reason"), [OLD, ((9, 0), "")])
+def test_where_triton_does_not_run_that_is_one_line_and_torch_works(monkeypatch, capsys, capability, reason):
+    """An old card; and a new one of which the kernel cannot be built (here: on a device that is not there)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no compiler\nat all")))
+    probe.build.cache_clear()
+    try:
+        assert not probe.triton_runs() and not probe.triton_runs() and choose_backend("cuda", torch.float32) == "torch"
+    finally:
+        probe.build.cache_clear()
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"Triton does not run here, torch does its work: {reason or 'no compiler'}"]
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: None)
+    assert not probe.triton_runs() and capsys.readouterr().err == ""
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected a call")  # of a cached function

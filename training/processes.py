@@ -42,7 +42,7 @@ class Machine:
 
 def start_process(seed: int, precision: str | None) -> Machine:
     """Joins the processes that torchrun started; one without it is rank 0 of 1. precision "fp32" or "bf16"; None: bf16
-    on a GPU. `seed` is that of the initial weights. Raises ValueError: more processes than GPUs."""
+    on a GPU that has it. `seed` is that of the initial weights. Raises ValueError: more processes than GPUs."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place, gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     device = f"cuda:{place}" if gpu else "cpu"
@@ -54,7 +54,8 @@ def start_process(seed: int, precision: str | None) -> Machine:
     if world_size > 1:
         # What is exchanged lies on GPUs, but for a few words about checkpoints and figures, which need none.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
-    bf16 = (precision or ("bf16" if gpu else "fp32")) == "bf16"
+    native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = (precision or ("bf16" if native else "fp32")) == "bf16"
     torch.manual_seed(seed)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
     return Machine(rank, world_size, device, autocast, torch.Generator(device))
@@ -142,9 +143,9 @@ def together() -> Iterator[None]:
         raise SystemExit(2)
 
 
-def check_shared(out: Path, seconds: float = 10) -> None:
-    """Raises ValueError where a process does not find in `out` what process 0 has just written there: on several
-    machines without a shared file system, each would begin anew. A slow one may take some seconds to show it."""
+def check_shared(out: Path, flag: str, seconds: float = 10) -> None:
+    """Raises ValueError, beginning with the flag, where a process does not find in `out` what process 0 has just put
+    there: without a shared file system each machine would begin anew. A slow one may take some seconds to show it."""
     rank, count = rank_and_count()
     if count == 1:
         return
@@ -160,7 +161,7 @@ def check_shared(out: Path, seconds: float = 10) -> None:
         if rank == 0:
             token.unlink()
         if blind:
-            raise ValueError(f"--out {out}: process {blind[0]} of {count} does not see there what process 0 writes")
+            raise ValueError(f"{flag} {out}: process {blind[0]} of {count} does not see there what process 0 writes")
 
 
 def claim(folder: Path) -> TextIO | None:
