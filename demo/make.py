@@ -75,7 +75,12 @@ def parse_arguments() -> argparse.Namespace:
     option("--preset", default="demo", help="of train.py: sizes of what is made from nothing (default %(default)s)")
     option("--seed", type=int, default=0, help="of clips and trainings (default %(default)s)")
     option("--look", type=int, default=2, metavar="N", help="clips of each world to measure by; 0: none (default 2)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.first = min(arguments.first, arguments.clips)
+    for name in ("out", "start", "export"):  # the programs that read them run in the repository's folder
+        if told := getattr(arguments, name):
+            setattr(arguments, name, str(Path(told).expanduser().resolve()))
+    return arguments
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -211,7 +216,7 @@ def measured(arguments: argparse.Namespace, model: Path) -> str:
     """What demo/measure.py prints of clips that nothing was trained on."""
     told = [sys.executable, HERE / "measure.py", "--model", model, "--data", Path(arguments.out) / "look"]
     told += ["--clips", arguments.look, "--seed", LOOK_SEED]
-    return subprocess.run(list(map(str, told)), stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return subprocess.run(list(map(str, told)), stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -238,7 +243,11 @@ def main() -> None:
     figures = measured(arguments, folder) if arguments.look else ""
     (folder / "card.md").write_text(card(arguments, record, figures))
     print(f"{folder / 'card.md'}: what the model is and can")
+    if arguments.look and not figures:
+        sys.exit(2)  # measure.py has said why
 
 
 if __name__ == "__main__":
+    for killed in (signal.SIGTERM, signal.SIGHUP):  # ends as Ctrl-C does: nothing that was started goes on
+        signal.signal(killed, lambda number, _: sys.exit(128 + number))
     main()

@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 import kernels.threads  # noqa: E402, F401 (before torch)
 
 from metrics import COLUMNS, cell, line  # noqa: E402
+from sources import first_line  # noqa: E402
 
 WORLDS = ("dominoes", "collide", "drop", "roll", "support", "contain", "link", "tower", "branch", "driving")
 PARTS = ("vae", "image_encoder", "stage1", "stage2")
@@ -71,7 +72,12 @@ def call(*words: object) -> None:
 
 def simulate(arguments: argparse.Namespace, data: Path) -> None:
     """Clips of the model's size and length, for all worlds."""
-    stage = json.loads((Path(arguments.model) / "stage2" / "config.json").read_text())["stage"]
+    config = Path(arguments.model) / "stage2" / "config.json"
+    try:
+        stage = json.loads(config.read_text())["stage"]
+    except (OSError, ValueError, KeyError) as error:
+        print(f"measure.py: {config}: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
     told = ["--size", f"{stage['width']}x{stage['height']}", "--frames", stage["frames"]]
     told += ["--seed", arguments.seed, "--workers", arguments.workers]
     first, *others = WORLDS

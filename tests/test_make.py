@@ -1,6 +1,7 @@
 """demo/make.py: from nothing to a model folder, and what happens when a part fails. demo/measure.py: what it prints."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -138,6 +139,38 @@ def test_a_round_ends_with_a_save_and_without_an_error():
     going = [process(words), process(words)]
     make.finish(going, seconds=2, before=lambda: done.append([training.poll() for training in going]))
     assert 2 <= time.monotonic() - started < 30 and done == [[None, None]]
+
+
+def test_killed_it_leaves_nothing_that_goes_on(tmp_path):
+    """Started in another folder than the repository's: its clips come to be where it looks for them."""
+    told = ["--out", "runs/x", "--clips", "5000", "--first", "4000", "--size", "16x8", "--frames", "1"]
+    with open(tmp_path / "said", "w") as said:
+        words = [sys.executable, make.__file__, *told]
+        whole = subprocess.Popen(words, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True)
+    clips = SimpleNamespace(out=str(tmp_path / "runs" / "x"))
+    end = time.monotonic() + 60
+    while not make.clips_of(clips) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert make.clips_of(clips)
+    whole.send_signal(signal.SIGTERM)
+    assert whole.wait(30)
+    before = len(make.clips_of(clips))
+    time.sleep(1)
+    assert len(make.clips_of(clips)) == before
+
+
+def test_fewer_clips_than_it_waits_for_are_enough(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make.py", "--clips", "20", "--out", "~/x"])
+    arguments = make.parse_arguments()
+    assert arguments.first == 20 and arguments.out == str(Path.home() / "x") and arguments.start is None
+
+
+def test_a_model_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure.py", "--model", str(tmp_path), "--data", str(tmp_path / "data")])
+    with pytest.raises(SystemExit) as stop:
+        measure.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(f"measure.py: {tmp_path}/stage2/config.json: ")
 
 
 def test_a_simulator_that_ends_is_said(tmp_path):
