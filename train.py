@@ -333,7 +333,9 @@ def train(arguments: argparse.Namespace) -> None:
     check_flags(arguments, machine)
     dataset = ClipDataset(arguments.data, arguments.frames)
     validation = ClipDataset(arguments.val, dataset.frames) if arguments.val else None
-    check_shared(out)
+    if arguments.cuda_graph and not dataset.whole:  # a window of a longer clip is encoded in every step
+        raise ValueError(f"--cuda-graph: of clips with {dataset.frames} frames; {arguments.data} has longer ones")
+    check_shared(out, "--out")
     task = vae_task(arguments, machine) if arguments.stage == "vae" else stage_task(arguments, machine, dataset)
     folder = out / "training" / task.name
     claimed = claim(folder)
@@ -346,7 +348,7 @@ def train(arguments: argparse.Namespace) -> None:
     validation_clips = task.readable(validation, arguments, machine) if validation else None
     batches = batches_from(arguments, machine, clips, learner.clips)
     compute = partial(add_gradients, arguments, machine, task, learner)
-    if arguments.cuda_graph and isinstance(clips, CachedClips):  # a window of a longer clip is encoded in every step
+    if arguments.cuda_graph:
         compute = Recorded(compute, learner.core.parameters(), machine.generator)
 
     hidden, total = machine.rank > 0 or arguments.quiet, None if arguments.minutes else arguments.steps
@@ -399,10 +401,15 @@ def main() -> None:
     except SystemExit as stop:  # another process has said it, or argparse, or it is no error: --help
         if not stop.code:
             raise
+    except torch.OutOfMemoryError:
+        told = "the GPU's memory does not suffice: a smaller --batch, --checkpointing or --shard; see --dry-run"
+        print(f"train.py: {told}", file=sys.stderr)
     except RuntimeError as error:
         if not lost_another(error):
             raise
         print(f"train.py: process {dist.get_rank()}: lost another process, which may have said why", file=sys.stderr)
+    except KeyboardInterrupt:  # before the first step: later ones end with a save
+        end(130)
     end(2)
 
 

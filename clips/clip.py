@@ -228,6 +228,12 @@ class ClipDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{path}: is {size}, the first clip of its folder {self.width}x{self.height}")
         self.whole = max(self.lengths) == self.frames
 
+    def check_size(self, factor: int) -> None:
+        """Raises ValueError where width or height is no multiple of a network's factor."""
+        if self.width % factor or self.height % factor:
+            told = f"clips are {self.width}x{self.height}, not a multiple of {factor}"
+            raise ValueError(f"{Path(self.paths[0]).parent}: {told}")
+
     def __len__(self) -> int:
         return len(self.paths)
 

@@ -33,7 +33,7 @@ from sources import expand_home, read_config, read_stage
 from svd import VAE, ImageEncoder
 from training.cache import CachedClips
 from training.presets import PRESETS
-from training.processes import Machine, end, start_process
+from training.processes import Machine, end, lost_another, start_process, together
 from training.task import changed_fields
 
 STAGES = {"1": STAGE1, "2": STAGE2, "one": ONE_STAGE}  # as in train.py
@@ -53,7 +53,7 @@ def saved_stages(model: str | None) -> dict[str, MotionDreamer]:
 
 def wanted_stages(arguments: argparse.Namespace, vae: VAE) -> list[MotionDreamer]:
     """The stages of --stage without weights, which know what is encoded and how. Those of --model where it has them;
-    others have the cells of these, or of --preset, and what --set says."""
+    others have the cells of these, or of --preset; and in all what --set says."""
     with torch.device("meta"):
         saved = saved_stages(arguments.model)
         stack = 1 if arguments.init else PRESETS[arguments.preset]["stack"]
@@ -61,10 +61,10 @@ def wanted_stages(arguments: argparse.Namespace, vae: VAE) -> list[MotionDreamer
         channels = vae.config.latent_channels * (factor // vae.factor) ** 2
         stages = []
         for name in ("2", "1") if arguments.stage == "all" else (arguments.stage,):
-            config = replace(STAGES[name], vae_factor=factor, latent_channels=channels)
-            config = read_stage(asdict(config) | changed_fields(arguments.set), StageConfig, SmallStageConfig)
-            # The size of the UNet does not matter here.
-            stages.append(saved.get(name) or stage_class(config)(config, PRESETS["tiny"]["stage1"]))
+            usual = replace(STAGES[name], vae_factor=factor, latent_channels=channels)
+            config = asdict(saved[name].config if name in saved else usual) | changed_fields(arguments.set)
+            config = read_stage(config, StageConfig, SmallStageConfig)
+            stages.append(stage_class(config)(config, PRESETS["tiny"]["stage1"]))  # no matter how large a UNet
     if len(stages) == 2 and stages[1].config.latents.items() <= stages[0].config.latents.items():
         del stages[1]  # Stage II is given all that Stage I predicts
     return stages
@@ -72,19 +72,19 @@ def wanted_stages(arguments: argparse.Namespace, vae: VAE) -> list[MotionDreamer
 
 def encode(arguments: argparse.Namespace, machine: Machine) -> str:
     """Writes what the cache lacks -> one line on what was done. Raises ValueError or OSError, one line."""
-    clips, source = ClipDataset(arguments.folder, arguments.frames), arguments.init or Path(arguments.model)
-    if not clips.whole:
-        told = f"{arguments.folder}: has clips of {max(clips.lengths)} frames, more than {clips.frames}"
-        raise ValueError(f"{told}: training draws windows of them, which cannot be encoded once for all")
-    full = {"dtype": torch.float32, "device": machine.device}
-    vae = VAE.from_pretrained(source, "vae", **full).requires_grad_(False).eval()
-    image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **full).requires_grad_(False).eval()
+    source, full = arguments.init or Path(arguments.model), {"dtype": torch.float32, "device": machine.device}
+    with together():
+        clips = ClipDataset(arguments.folder, arguments.frames)
+        if not clips.whole:
+            told = f"{arguments.folder}: has clips of {max(clips.lengths)} frames, more than {clips.frames}"
+            raise ValueError(f"{told}: training draws windows of them, which cannot be encoded once for all")
+        vae = VAE.from_pretrained(source, "vae", **full).requires_grad_(False).eval()
+        image_encoder = ImageEncoder.from_pretrained(source, "image_encoder", **full).requires_grad_(False).eval()
+        stages = wanted_stages(arguments, vae)
+        for stage in stages:
+            clips.check_size(stage.config.vae_factor)
     encoded, started = 0, time.perf_counter()
-    for stage in wanted_stages(arguments, vae):
-        factor = stage.config.vae_factor
-        if clips.width % factor or clips.height % factor:
-            size = f"{clips.width}x{clips.height}"
-            raise ValueError(f"{arguments.folder}: clips are {size}, not a multiple of {factor}")
+    for stage in stages:
         cached = CachedClips(clips, stage.config, vae, image_encoder)
         encoded = max(encoded, cached.encode(stage, vae, image_encoder, machine, arguments.workers))
     if not encoded:
@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--model", metavar="DIR", help="model folder: train.py's --out or --start")
     add("--stage", choices=(*STAGES, "all"), default="all", help="that will be trained (default: 1 and 2)")
     add("--preset", choices=list(PRESETS), default="demo", help="as train.py's, if --model has no stage yet")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="as train.py's, if --model has no such stage yet")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="as train.py's")
     add("--frames", type=int, help="as train.py's (default: all frames of the first clip)")
     add("--workers", type=int, default=0, help="processes that read clips, for each GPU (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
@@ -119,10 +119,22 @@ def main() -> None:
             print(told)
         if machine.world_size > 1:
             end(0)
+        return
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1]  # the loader's workers send a whole traceback
         print(f"clips.encode: {line.removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as stop:  # another process has said it
+        if not stop.code:
+            raise
+    except torch.OutOfMemoryError:
+        print("clips.encode: the GPU's memory does not suffice for these clips", file=sys.stderr)
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        print("clips.encode: lost another process, which may have said why", file=sys.stderr)
+    except KeyboardInterrupt:
+        end(130)
+    end(2)
 
 
 if __name__ == "__main__":

@@ -326,6 +326,11 @@ def test_processes_that_do_not_share_a_file_system_are_refused(forks, clips, sta
     said = "train.py: --out runs/new: process 1 of 2 does not see there what process 0 writes\n"
     assert (forks.errors(0), forks.errors(1)) == (said, "")
     assert not list(tmp_path.rglob("runs/new/*")) and not list(tmp_path.rglob("runs/new/.*"))
+    for place in places:  # --out is one folder, and each machine has clips of its own: latents would be missing
+        shutil.copytree(clips, place / "data")
+    forks.start([command("data", start, tmp_path / "out")] * 2, tmp_path, places, SHOWN=1)
+    assert forks.wait() == [2, 2] and forks.errors(1) == ""
+    assert re.fullmatch(r"train.py: --data data/\.cache/\S+: process 1 of 2 does not .*\n", forks.errors(0))
 
 
 # ----------------------------------------------------------------------------------------------------- what they share

@@ -120,6 +120,14 @@ def test_of_one_stage_there_is_what_it_needs(monkeypatch, capsys, data, model, s
     train_finds_them(monkeypatch, data, model, stage=stage)
 
 
+def test_what_is_set_for_a_stage_that_is_there_is_encoded_too(monkeypatch, capsys, data, model):
+    train_finds = ("--model", model, "--preset", "tiny", "--stage", "2")
+    encode(monkeypatch, capsys, data, *train_finds)
+    train_finds_them(monkeypatch, data, model, stage="2")
+    encode(monkeypatch, capsys, data, *train_finds, "--set", "draft=true")
+    assert names(data) == LATENTS | {"draft", "draft.marked"}
+
+
 def test_what_is_set_for_a_stage_from_nothing_is_encoded_too(monkeypatch, capsys, data, model):
     told, draft = ("--model", model, "--preset", "tiny"), ("--set", "draft=true", "motion_weight=0.5")
     encode(monkeypatch, capsys, data, *told, "--stage", "2", *draft)

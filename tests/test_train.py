@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -627,6 +628,47 @@ def test_only_a_decoder_goes_on_in_a_new_folder(monkeypatch, clips, out, tmp_pat
         assert after.config == before.config and after.scaling_factor != tiny_vae().scaling_factor
         changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
         assert changed and all(key.startswith("decoder.") for key in changed)
+
+
+def test_a_vae_without_a_further_step_keeps_the_scale_that_stages_have_learned(monkeypatch, clips, out, tmp_path):
+    """Whatever clips have come: the command that goes on is the same for all three parts."""
+    data = tmp_path / "more"
+    shutil.copytree(clips, data)
+    run(monkeypatch, data, out, stage="vae", steps=2)
+    before = (out / "vae" / "config.json").read_text()
+    for path in data.glob("*.safetensors"):
+        path.unlink()
+    for seed in range(30, 34):
+        moving_squares(seed).save(data / f"0{seed}.safetensors")
+    run(monkeypatch, data, out, stage="vae", steps=2)
+    assert (out / "vae" / "config.json").read_text() == before
+    run(monkeypatch, data, out, stage="vae", steps=3)
+    assert (out / "vae" / "config.json").read_text() != before
+
+
+def test_a_full_gpu_is_one_line(monkeypatch, clips, out, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore of it.")
+
+    monkeypatch.setattr(train, "take_step", full)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, clips, out, steps=1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert stop.value.code == 2 and "memory does not suffice" in line
+
+
+def test_sizes_that_no_latent_has_are_told_before_a_step(monkeypatch, clips, out, tmp_path, capsys):
+    """Of the VAE's clips, and of those to validate with."""
+    odd = tmp_path / "odd"
+    clip = moving_squares(1)
+    cut = {name: getattr(clip, name)[..., :-1] for name in ("flow", "segmentation", "depth")}
+    replace(clip, rgb=clip.rgb[:, :, :-1], **cut).save(odd / "1.safetensors")
+    for stage, data, more in (("vae", odd, []), ("1", clips, ["--val", str(odd)])):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, data, out, *more, stage=stage, steps=1)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and re.search(rf"{odd}: clips are \d+x\d+, not a multiple of", line)
+        assert not list(out.glob("training/*/log.jsonl"))
 
 
 def test_what_cannot_be_started_is_said_in_one_line(monkeypatch, clips, out, tmp_path, capsys):

@@ -24,7 +24,7 @@ from clips import CODEC_VERSION, ClipDataset
 from instance_flow import marked_objects
 from motion_dreamer import MotionDreamer, StageConfig
 from svd import VAE, ImageEncoder
-from training.processes import Machine
+from training.processes import Machine, check_shared
 from weights import whole_file
 
 OF_OBJECTS = ("segmentation", "draft")  # modalities that show objects: their latents have a second variant, "marked"
@@ -111,6 +111,7 @@ class CachedClips(TrainingClips):
 
         -> how many clips lacked something. Of `stage`, only `encode` is called: its weights may lie on the meta device.
         """
+        check_shared(self.folder, "--data")
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = self.missing(machine)
         share = list(missing)[machine.rank :: machine.world_size]

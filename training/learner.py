@@ -27,7 +27,7 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.compiled import compile_forward
 from training.processes import Machine, own_rows, together
 from training.task import Task
-from training.vae import measure_scale
+from training.vae import scale_of
 
 # What --train names, by the names of a stage's parameters: what SVD does not have, and what looks at several frames.
 ADDED = ("flow_control.", "camera.", "unet.conv_in.", "unet.conv_out.")
@@ -227,5 +227,5 @@ def save(
     with together():
         if network:
             if task.name == "vae" and not arguments.decoder_only:
-                network.scaling_factor = measure_scale(network, dataset)
+                network.scaling_factor = scale_of(network, dataset, out / task.name)
             network.save_pretrained(out / task.name)

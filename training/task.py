@@ -30,6 +30,7 @@ class VAETask:
     image_encoder = None
 
     def readable(self, clips: ClipDataset, arguments: argparse.Namespace, machine: Machine) -> torch.utils.data.Dataset:
+        clips.check_size(self.core.factor)
         return clips
 
     def losses(self, network: nn.Module, clips: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -52,6 +53,7 @@ class StageTask:
 
     def readable(self, clips: ClipDataset, arguments: argparse.Namespace, machine: Machine) -> torch.utils.data.Dataset:
         """Clips with cached latents; without, where the window of a longer clip changes with every draw."""
+        clips.check_size(self.core.config.vae_factor)
         if arguments.no_cache or not clips.whole:
             return TrainingClips(clips)
         cached = CachedClips(clips, self.core.config, self.vae, self.image_encoder)
@@ -101,9 +103,7 @@ def stage_task(arguments: argparse.Namespace, machine: Machine, dataset: ClipDat
         full = torch.float32  # on disk, weights are often half precision
         source = MotionDreamer.from_pretrained(Path(arguments.start), name, full, place)
     config = stage_config(arguments, dataset, vae, source.config if source else None)
-    if dataset.width % config.vae_factor or dataset.height % config.vae_factor:
-        size = f"{dataset.width}x{dataset.height}"
-        raise ValueError(f"{arguments.data}: clips are {size}, not a multiple of {config.vae_factor}")
+    dataset.check_size(config.vae_factor)
     if arguments.init:
         core = stage_class(config).from_svd(arguments.init, config, place)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from clips import ClipDataset, render, unrender
 from instance_flow import uniform
 from svd import VAE, decode_video, encode_video, gaussian
+from training.cache import fingerprint
 
 # --------------------------------------------------------------------------------------------------------- the tiny VAE
 
@@ -51,11 +54,22 @@ def round_trip(vae: VAE, modality: str, value: Tensor, first: Tensor | None = No
     return unrender(modality, decode_video(vae, latents, vae.factor), first)
 
 
+def scale_of(vae: VAE, clips: ClipDataset, folder: Path) -> float:
+    """The scale of these weights' latents: that of `folder` where they lie there already, for stages may have learned
+    it; else as it is measured."""
+    if (folder / "config.json").exists():
+        there = VAE.from_pretrained(folder.parent, folder.name, torch.float32)
+        if fingerprint(there) == fingerprint(vae):
+            return there.scaling_factor
+    return measure_scale(vae, clips)
+
+
 @torch.no_grad()
 def measure_scale(vae: VAE, clips: ClipDataset, count: int = 16) -> float:
-    """1 / standard deviation of the latents of the four modalities: makes them unit size, as diffusion expects."""
-    latents = []
-    for i in range(min(count, len(clips))):
+    """1 / standard deviation of the latents of the four modalities, of clips from all over the folder: makes them unit
+    size, as diffusion expects."""
+    latents, count = [], min(count, len(clips))
+    for i in (k * len(clips) // count for k in range(count)):
         clip = {name: value.to(next(vae.parameters()).device) for name, value in clips[(i, 0)].items()}
         first = {"rgb": None, "flow": None, "segmentation": clip["segmentation"][:1], "depth": clip["depth"][:1]}
         latents += [vae.encode(render(name, clip[name][None], first[name])[0]) for name in first]
