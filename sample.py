@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     first_last = "scale in the first and the last frame (default 1 1: none; with --svd 1 3)"
     option("--guidance", type=float, nargs=2, metavar=("FIRST", "LAST"), help=first_last)
     option("--device", choices=("cuda", "mps", "cpu"), help="default: cuda where there is one, else cpu")
-    usual = "of the weights (default: on cuda fp16 for --svd, else bf16; on other devices fp32)"
+    usual = "of the weights (default: on cuda fp16 for --svd, else bf16 if it has that; on other devices fp32)"
     option("--precision", choices=tuple(DTYPES), help=usual)
     option("--offload", action="store_true", help="networks take turns: less memory, more time (default %(default)s)")
     option("--compile", action="store_true", help="compile the denoiser, which takes minutes (default %(default)s)")
@@ -96,6 +96,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: expected {least} or more")
+    if arguments.seed + arguments.samples > 2**63:
+        raise ValueError(f"--seed {arguments.seed}: expected a number of 63 bits")
     if not 0 <= arguments.motion_bucket <= 255:
         raise ValueError(f"--motion-bucket {arguments.motion_bucket:g}: expected 0 to 255")
     if arguments.fps is not None and not 0 < arguments.fps <= 1000:

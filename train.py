@@ -143,6 +143,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     expected = {name: (least, math.inf, f"{least} at least") for name, least in LEAST.items()}
     expected |= {name: (0, math.nextafter(1, 2), "a share from 0 to 1") for name in SHARES}
     expected |= {name: (math.ulp(0), math.inf, "a number above 0") for name in ABOVE_0}
+    expected["seed"] = (0, 2**63, "a whole number of 63 bits, 0 at least")
     for name, (least, limit, words) in expected.items():
         value = getattr(arguments, name)
         if value is not None and not least <= value < limit:

@@ -259,6 +259,9 @@ def test_the_device_and_its_usual_precision(monkeypatch):
     with pytest.raises(ValueError, match="--device cuda: torch finds none"):
         settled("--device", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)  # an old card
+    assert (settled(), settled("--svd", "x")) == (("cuda", "fp32"), ("cuda", "fp16"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert (settled(), settled("--svd", "x")) == (("cuda", "bf16"), ("cuda", "fp16"))
     assert settled("--device", "cpu", "--svd", "x") == ("cpu", "fp32")
     assert settled("--precision", "fp32", "--svd", "x") == ("cuda", "fp32")
@@ -445,6 +448,7 @@ MISTAKES = {
     "odd size": (lambda g: None, ["--size", "23x16"], "--size 23x16: the model needs multiples of 2, such as 22x16"),
     "no size": (lambda g: None, ["--size", "23"], "--size 23: expected WIDTHxHEIGHT"),
     "samples": (lambda g: None, ["--samples", "0"], "--samples 0"),
+    "seed of 65 bits": (lambda g: None, ["--seed", str(2**64)], f"--seed {2**64}: expected a number of 63 bits"),
     "truncated image": (lambda g: cut_noise(g, "image.png"), [], "image.png: "),
     "truncated depth": (lambda g: cut_noise(g, "depth.png"), [], "depth.png: "),
     "truncated ids": (lambda g: cut_noise(g, "ids.png"), [], "ids.png: "),

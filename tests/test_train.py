@@ -860,6 +860,7 @@ MISTAKES = {
         ["--stage", "vae", "--set", "foo=1"],
         "--set: of --stage 1, 2 and one, not of the VAE",
     ),
+    "seed of 65 bits": (nothing, ["--seed", str(2**64)], "--seed 1.84467e+19: expected a whole number of 63 bits"),
     "row of a VAE": (nothing, ["--stage", "vae", "--ablation", "sparse_flow"], "--ablation: of --stage 1, 2 and one"),
     "drop of a VAE": (nothing, ["--stage", "vae", "--drop", "0.5"], "--drop: of --stage 1, 2 and one, not of the VAE"),
     "SVD's VAE": (nothing, ["--stage", "vae", "--init", "a/b"], "--init: of --stage 1, 2 and one, not of the VAE"),
