@@ -56,7 +56,7 @@ from sources import expand_home
 from training import tables
 from training.prompts import export_prompts
 from training.sampler import PUSHES, Model, Sampler
-from training.scenes import STRONGER, add_other_pushes, add_twin, exact_features, truth_of, twin_of
+from training.scenes import STRONGER, add_other_pushes, add_twin, exact_features, first_of, truth_of, twin_of
 from training.tables import TABLES, arguments_of, table_text, train_row
 
 # -------------------------------------------------------------------------------------------------------- measuring
@@ -149,7 +149,7 @@ def evaluate(arguments: argparse.Namespace, folder: Path, shared: dict | None = 
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     model = Model.load(folder, device, half=device == "cuda")
     frames, clips = model.stage2.config.frames, clips_of(arguments, model.stage2.config)
-    paths = clips.paths[: arguments.clips]
+    paths = first_of(clips.paths, arguments.clips)
     sampler = sampler_of(arguments, model)
     metrics.check_sets(arguments.metrics, len(paths), frames, arguments.val)
     features, rows, shared = features_of(arguments, device), {}, {} if shared is None else shared
@@ -273,7 +273,7 @@ def evaluate_videos(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Videos of any models, a folder a row: Markdown, and {"figures": ..., "differences": from the first row}."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     folders, clips = metrics.named_folders(arguments.videos), ClipDataset(arguments.data, arguments.frames)
-    paths = clips.paths[: arguments.clips]
+    paths = first_of(clips.paths, arguments.clips)
     metrics.check_sets(arguments.metrics, len(paths), clips.frames, arguments.data)
     videos = {name: metrics.videos_of(folder, [path.stem for path in paths]) for name, folder in folders.items()}
     size = (clips.height, clips.width)

@@ -60,6 +60,7 @@ class Features:
         self.extractors, self.exact, self.found, self.drawn = extractors, exact, {}, {}
 
     def add(self, source: str, maps: Maps, scene: Scene) -> None:
+        self.found.setdefault("clips", {}).setdefault(source, []).append(scene and scene.path)
         for name, several in self.extractors.items():
             for k, (modality, extract) in enumerate(several):
                 if modality in maps:
@@ -80,11 +81,14 @@ class Features:
         return figures
 
     def draws(self, source: str, halves: bool = False) -> dict[str, tuple[float, np.ndarray, int]]:
-        """`distance_draws` of a source's set from the truth's, by name; each is computed once."""
+        """`distance_draws` of a source's set from the truth's of the same clips (some have no twin), by name; each is
+        computed once."""
+        clips, own = (self.found.get("clips", {}).get(of, []) for of in ("truth", source))
+        same = range(len(own)) if len(own) == len(clips) else [clips.index(clip) for clip in own]
         for name, several in self.extractors.items():
             parts = [self.found.get((name, k), {}) for k in range(len(several))]
             if (source, halves, name) not in self.drawn and all(source in part for part in parts):
-                pairs = [(part[source], part["truth"]) for part in parts]
+                pairs = [(part[source], [part["truth"][i] for i in same]) for part in parts]
                 ddof, scaled = 0 if name.startswith("FVD") else 1, name.startswith("rfvd")  # FVD's covariance is over N
                 self.drawn[source, halves, name] = distance_draws(pairs, halves, ddof, scaled)
         return {key[2]: drawn for key, drawn in self.drawn.items() if key[:2] == (source, halves)}

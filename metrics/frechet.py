@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metrics.motion import interval_of
 
-SET_RESAMPLES = 100  # of that of a Frechet distance
+SET_RESAMPLES = 300  # of that of a Frechet distance
 FEWEST = 8  # clips: the covariance of fewer is that of single clips
 WINDOW = 16  # frames that FVMD looks at
 GRID = 20  # points along each side

@@ -396,6 +396,8 @@ def svd_ours(bench: Bench) -> dict[str, float]:
 
 
 def svd_diffusers(bench: Bench) -> dict[str, float]:
+    import diffusers  # noqa: F401 (not a part of loading)
+    import transformers  # noqa: F401
     from PIL import Image
 
     folder, started = bench.folder("svd"), time.perf_counter()

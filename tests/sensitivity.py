@@ -50,11 +50,13 @@ def degraded(maps: metrics.Maps) -> dict[str, metrics.Maps]:
     frames = len(maps["rgb"])
     order = torch.randperm(frames, generator=torch.Generator().manual_seed(0))
     smooth = {"rgb": blurred(maps["rgb"]), "flow": blurred(maps["flow"])}
+    late = in_order(maps, (torch.arange(frames) - 3).clamp(min=0))
+    late["flow"] = torch.cat([torch.zeros_like(maps["flow"][:3]), maps["flow"][:-3]])  # until then nothing moves
     return {
         "as it is": maps,
         "shuffled": in_order(maps, order),
         "frozen": frozen(maps),
-        "delayed by 3": in_order(maps, (torch.arange(frames) - 3).clamp(min=0)),
+        "delayed by 3": late,
         "blurred": maps | smooth | {"depth": blurred(maps["depth"][:, None])[:, 0]},
     }
 

@@ -753,6 +753,22 @@ def test_table_1(folders, monkeypatch, capsys, tmp_path):
     assert wanted["sparse_flow"]["epe_relative"]["value"] == pytest.approx(means[0] - means[1])
 
 
+def test_rows_of_another_codec_are_not_taken(folders, monkeypatch, tmp_path):
+    """Their stages know other latents."""
+    shutil.copytree(folders / "model", tmp_path / "codec")
+    words = ["evaluate.py", "--table", "1", "--data", "x", "--val", "x", "--runs", tmp_path / "runs"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--codec", str(tmp_path / "codec")])
+    monkeypatch.setattr(tables, "train", lambda *_: None)
+    arguments = evaluate.parse_arguments()
+    evaluate.fill_in(arguments)
+    for _ in range(2):
+        folder = tables.train_row("motion_dreamer", arguments)
+    config = tmp_path / "codec" / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": ', '"scaling_factor": 1'))
+    with pytest.raises(ValueError, match=rf"{folder}/vae: is another one than that of .*codec: take another --runs"):
+        tables.train_row("motion_dreamer", arguments)
+
+
 def test_rows_of_a_table_share_what_is_the_same(folders, monkeypatch, tmp_path):
     """The codec comes from --codec, and a Stage II that is configured as the full model's is that one."""
     commands = []

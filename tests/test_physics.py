@@ -17,6 +17,7 @@ from evaluate import truth_of
 from metrics import Scene, frozen
 from motion_dreamer import STAGE1, STAGE2
 from training.sampler import one_arrow
+from training.scenes import first_of
 
 simulate = pytest.importorskip("clips.simulate")
 from clips import Clip  # noqa: E402 (after the simulator, without which nothing here runs)
@@ -256,6 +257,27 @@ def test_scenes_get_their_twin_once(tmp_path, monkeypatch):
     again = truth_of(tmp_path / "collide.safetensors", 4, "cpu")
     evaluate.add_twin(again, tmp_path / "cache", "cpu")
     assert torch.equal(again.truth["twin"]["flow"], twin["flow"])
+
+
+def test_a_clip_simulated_anew_with_another_push_has_another_twin(tmp_path):
+    """Of the same name and place, and in which the same things begin where they began."""
+    path, twins = tmp_path / "a.safetensors", []
+    for push in ({"strength": 2.5}, {"strength": 0.0}):
+        simulate.simulate("collide", 9_000_002, 6, (32, 16), push).save(path)
+        scene = truth_of(path, 6, "cpu")
+        evaluate.add_twin(scene, tmp_path / "cache", "cpu")
+        twins.append(scene.meta["twin"]["strength"])
+    assert twins == [2.5, 0.0]
+
+
+def test_the_first_clips_are_of_every_scenario_in_turn(tmp_path):
+    for name, scenario in {"a0": "collide", "a1": "collide", "a2": "collide", "b0": "drop", "c0": None}.items():
+        clip = moving_squares(0, 2)
+        replace(clip, meta={"scenario": scenario} if scenario else {}).save(tmp_path / f"{name}.safetensors")
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    names = {count: [path.stem for path in first_of(paths, count)] for count in (1, 2, 3, 4, 5, 9)}
+    assert names[1] == ["a0"] and names[2] == ["a0", "b0"] and names[3] == ["a0", "b0", "c0"]
+    assert names[4] == ["a0", "a1", "b0", "c0"] and names[5] == names[9] == [path.stem for path in paths]
 
 
 @pytest.mark.parametrize("told", [{}, {"strength": 2.5, "side": -1}, {"strength": 0.0}, {"still": True}])

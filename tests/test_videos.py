@@ -279,7 +279,7 @@ def test_prompts_say_what_our_models_are_told(clips, monkeypatch, capsys, tmp_pa
         assert (np.asarray(Image.open(tmp_path / "p" / prompt["first_frame"])) == to_uint8(maps["rgb"][:1])[0]).all()
         assert (prompt["width"], prompt["height"], prompt["frames"], prompt["fps"]) == (*SIZE, 16, 10)
         arrows = Arrows.from_dict({"arrows": prompt["arrows"], "rest": prompt["rest"], "camera": prompt["camera"]})
-        F = one_arrow(scene, "arrow", STAGE1)[0]
+        F = one_arrow(scene, "arrow", replace(STAGE1, reduce="start"))[0]
         assert torch.allclose(arrows_to_flow(arrows, maps["segmentation"][0], 16), F, atol=1e-4)
         told.append((len(arrows.arrows), arrows.rest))
         for instance, path in prompt["trajectories"].items():
@@ -303,7 +303,7 @@ def test_a_drive_tells_of_every_car_and_of_the_camera(tmp_path):
     assert prompt["camera"][0] > 0 and [arrow["instance"] for arrow in prompt["arrows"]] == scene.objects
     arrows = Arrows.from_dict({"arrows": prompt["arrows"]})
     F = arrows_to_flow(arrows, scene.truth["arrow"]["segmentation"][0], 16)
-    assert torch.allclose(F, one_arrow(scene, "arrow", STAGE1)[0], atol=1e-4)
+    assert torch.allclose(F, one_arrow(scene, "arrow", replace(STAGE1, reduce="start"))[0], atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------- two rows compared
@@ -367,6 +367,18 @@ def test_distances_are_paired_by_the_same_draws():
     assert same["value"] == 0 and same["interval"] == [0, 0] and same["better"] is None
     assert far["interval"][0] > 0 and far["better"] is False
     assert far["value"] == pytest.approx(features.distances("c")["FVMD (x) ↓"]["value"] - 1.0, abs=1e-6)
+
+
+def test_twins_are_compared_with_the_clips_that_they_are_of():
+    """Every second clip has none, as mirror images; the truth's other half lies far off."""
+    features = metrics.Features({"FVMD (x) ↓": [("rgb_own", lambda x: x)]})
+    generator = torch.Generator().manual_seed(0)
+    for i in range(24):
+        scene, x = metrics.Scene(Path(str(i)), {}, {}), torch.randn(1, 4, generator=generator)
+        features.add("truth", {"rgb_own": x + 9 * (i % 2)}, scene)
+        if i % 2 == 0:
+            features.add("twin", {"rgb_own": x}, scene)
+    assert features.distances("twin")["FVMD (x) ↓"]["value"] == pytest.approx(0, abs=1e-6)
 
 
 def test_what_one_row_lacks_in_a_clip_counts_for_neither():

@@ -9,8 +9,8 @@ The video that a model makes of them is called NAME.mp4 (see metrics/videos.py).
     width, height, frames, fps      of the clip: the video has as many frames; frame 0 is first_frame
     camera          [forward, yaw] in the units of clips/clip.py, the mean over the frames; [0, 0] stands still
     arrows          a list of {"instance": id, "start": [x, y], "end": [x, y]}: all that our models are told of motion.
-                    start is on the object, end where it would be in the last frame at the speed that is told: that of
-                    the object's mean flow over the clip, or of cars, which drive by themselves, of its first step
+                    start is on the object, end where it would be in the last frame at the speed of its first step: how
+                    it is pushed, and not how far it comes. (Of ours, those with `reduce=start` are told the same)
     rest            "still": nothing is pushed, and all objects are told to stay; null: of those without an arrow
                     nothing is told
     trajectories    by id, for each arrow: the true path of the object's middle, [[x, y], ...], a place a frame, also
@@ -22,6 +22,7 @@ Places are in pixels from the top left corner of the picture; the middle of its 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,14 @@ from metrics import Scene, carry_seen
 from motion_dreamer import STAGE1
 from show import to_uint8, written_whole
 from training.sampler import one_arrow
-from training.scenes import truth_of
+from training.scenes import first_of, truth_of
 
 
 def export_prompts(data: str, folder: str, clips: int, frames: int | None) -> str:
     """Writes the files of the first clips -> a line for people. Raises ValueError or OSError that names the file."""
     found, out = ClipDataset(data, frames), Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    paths = found.paths[:clips]
+    paths = first_of(found.paths, clips)
     for path in paths:
         scene, name = truth_of(path, found.frames, "cpu"), path.stem
         maps = scene.truth["arrow"]
@@ -60,7 +61,7 @@ def prompt_of(scene: Scene) -> dict:
     """What the JSON says of a clip, but for the names of its files."""
     maps = scene.truth["arrow"]
     flow, ids = maps["flow"], maps["segmentation"]
-    F, told = one_arrow(scene, "arrow", STAGE1)
+    F, told = one_arrow(scene, "arrow", replace(STAGE1, reduce="start"))
     steps, arrows, paths = len(flow) - 1, [], {}
     points, owner = carry_seen(flow, ids, ids[0])
     rest = not F.any()

@@ -104,6 +104,7 @@ class Sampler:
         files = [(scene.path.name, scene.path.stat().st_size, scene.path.stat().st_mtime_ns) for scene in scenes]
         codec = kind.startswith("codec/")  # it makes no samples: settings and seed do not matter
         told = [self.makers["codec"], self.settings["marked"]] if codec else [self.makers[kind], self.settings, seed]
+        told.append(len(scenes[0].truth["arrow"]["flow"]))
         folder = self.cache / hashlib.sha256(json.dumps([*told, CODEC_VERSION, files]).encode()).hexdigest()[:16]
         path = folder / f"{kind.replace('/', '_')}.safetensors"
         if not path.exists():

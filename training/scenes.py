@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,21 @@ from metrics import PUSH_TRUTH, Maps, Scene, frozen
 
 STRONGER = 1.6  # how much harder the harder push is
 SAME_PLACE = 0.05  # metres: what is redrawn lets a tower settle otherwise, by millimetres
+
+
+def first_of(paths: list[Path], count: int) -> list[Path]:
+    """The first clips, of every scenario in turn: by name alone, those of a folder of several would be of few."""
+    turns: dict[str, int] = {}
+    order = []
+    for path in paths:
+        scenario = scenario_of(path)
+        turns[scenario] = turns.get(scenario, -1) + 1
+        order.append((turns[scenario], path))
+    return sorted(path for _, path in sorted(order)[:count])
+
+
+def scenario_of(path: Path) -> str:
+    return str(Clip.load(path, 0, 1).meta.get("scenario", "unnamed"))
 
 
 def truth_of(path: Path, frames: int, device: str, marked: str = "all") -> Scene:
@@ -104,11 +121,13 @@ def again(scene: Scene, kind: str, push: dict, cache: Path) -> Path:
     that scene begins in another way: the clip is of another version of the simulator, whose worlds were others."""
     meta, (_, _, height, width) = scene.meta["arrow"], scene.truth["arrow"]["flow"].shape
     frames = len(meta["poses"]) - 1
-    path = cache / f"{kind}-{width}x{height}x{frames}" / scene.path.name
+    still = meta.get("still", False)  # such a scene has no other push, but it has a twin
+    asked = json.dumps([meta["scenario"], meta["seed"], push, still], sort_keys=True)
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:12]
+    path = cache / f"{kind}-{width}x{height}x{frames}" / f"{scene.path.stem}-{digest}.safetensors"
     if not path.exists() or not begin_alike(Clip.load(path, 0, 1).meta, meta):
         from clips.simulate import simulate  # needs mujoco, which nothing else here does
 
-        still = meta.get("still", False)  # such a scene has no other push, but it has a twin
         other = simulate(meta["scenario"], meta["seed"], frames, (width, height), push, still)
         if not begin_alike(other.meta, meta):
             raise ValueError(f"{scene.path}: is of another version of clips.simulate: simulate it anew")
