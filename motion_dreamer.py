@@ -390,10 +390,10 @@ def sample(
     """
     (batch, channels, h, w), device = cond.known.shape, cond.known.device
     sigmas = karras_sigmas(steps, sigma_max=stage.config.sigma_max).to(device)
-    x = torch.randn((batch, frames, channels, h, w), generator=generator).to(device) * (sigmas[0] ** 2 + 1).sqrt()
+    x = gaussian((batch, frames, channels, h, w), generator, device) * (sigmas[0] ** 2 + 1).sqrt()
     scale = torch.linspace(*guidance, frames, device=device).view(1, -1, 1, 1, 1)
     control, free = stage.control(cond, frames), cond.without_image()
-    free_control = stage.control(free, frames) if guidance != (1.0, 1.0) else None
+    free_control = stage.control(free, frames) if tuple(guidance) != (1, 1) else None
 
     @Replayed
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
@@ -435,7 +435,7 @@ def sampling_condition(
         told = replace(told, motion_bucket=torch.full_like(told.motion_bucket, MOTION_BUCKET))
     if stage.config.control == "sparse_flow":
         told = replace(told, F=sparse_points(told.F, POINTS, generator))
-    noise = torch.randn(told.image.shape, generator=generator).to(told.image)
+    noise = gaussian(told.image.shape, generator, told.image.device).to(told.image)
     return stage.tell(told, latents, image_encoder(told.image), vae, noise)
 
 

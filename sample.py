@@ -335,7 +335,8 @@ def main() -> None:
     try:
         run(parse_arguments())
     except (RuntimeError, MemoryError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):  # as torch says it of a CPU
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not full and not re.search("allocate memory|out of memory", str(error)):  # of a CPU, of other devices
             raise
         line = (str(error).splitlines() or ["out of memory"])[0]
         print(f"sample.py: {line}: try --offload, fewer --frames or a smaller --size", file=sys.stderr)

@@ -26,7 +26,6 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import cache
 from math import ceil
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -34,14 +33,11 @@ from numpy import ndarray
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels.probe import triton_runs
-
 MODES = ("sum", "average", "linear", "softmax")
 BACKENDS = ("auto", "torch", "numba", "cuda")
 EPS = 1e-7  # a target whose weights sum to no more than this is a hole
 
-numba: ModuleType | None = None  # both are imported by the first call that needs them,
-tl: ModuleType | None = None  # so that `import splat` is quick and neither package is required
+numba = tl = None  # imported by the first call that needs them: `import splat` is quick, and neither is required
 forked: list[bool] = []  # not empty in a forked child, which cannot use the threads that Numba started in its parent
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=lambda: forked.append(True))
@@ -93,8 +89,7 @@ def normalise(weight: Tensor, index: Tensor) -> Tensor:
     """u / S_p of Eq. 7, and 0 in the holes: weight [N,4,P], index [N,4,P] -> [N,4,P]."""
     N, _, P = index.shape
     S = weight.new_zeros(N, P + 1).scatter_add(1, index.flatten(1), weight.flatten(1))  # column P: all that left
-    S = S.where(S > EPS, torch.inf)
-    return weight / S.gather(1, index.flatten(1)).view_as(index)
+    return weight / S.where(S > EPS, torch.inf).gather(1, index.flatten(1)).view_as(index)
 
 
 # --- Step 2: the sparse product out[c,p] = sum_q weight_pq x[c,q] -------------------------------------------
@@ -103,8 +98,7 @@ def normalise(weight: Tensor, index: Tensor) -> Tensor:
 def splat_torch(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """x [B,C,P], index and weight [N,4,P] -> [N,C,P]. The reference: autograd differentiates it."""
     (N, _, P), C = index.shape, x.shape[1]
-    x = x.repeat_interleave(N // x.shape[0], 0)  # [N,C,P]
-    out = x.new_zeros(N, C, P + 1)
+    x, out = x.repeat_interleave(N // x.shape[0], 0), x.new_zeros(N, C, P + 1)  # [N,C,P], [N,C,P + 1]
     for k in range(4):
         out = out.scatter_add(2, index[:, k, None].expand(N, C, P), x * weight[:, k, None])
     return out[..., :P]
@@ -572,7 +566,13 @@ def choose_backend(device: str, dtype: torch.dtype) -> str:
         return "torch"
     if device == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba"):
         return "numba"
-    return "cuda" if device == "cuda" and triton_runs() else "torch"
+    if device != "cuda" or not importlib.util.find_spec("triton"):
+        return "torch"
+    with suppress(ImportError):  # where this file was copied out alone
+        from kernels.probe import triton_runs
+
+        return "cuda" if triton_runs() else "torch"
+    return "cuda"
 
 
 def check(x: Tensor, flow: Tensor, metric: Tensor | None, mode: str, backend: str) -> None:

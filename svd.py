@@ -736,7 +736,9 @@ def frames_that_fit(vae: VAE, part: nn.Module, frames: int, pixels: int, device:
     """
     if device.type != "cuda":
         return frames
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for later
+    unused = torch.cuda.memory_reserved(device)  # torch keeps it for later,
+    if part.conv_in.weight.is_cuda:  # and sample.py --offload sends away what is there, before this part comes
+        unused -= torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     layer = vae.config.block_out_channels[:2][-1] * pixels * part.conv_in.weight.element_size()  # bytes of one frame
     return math.ceil(frames / math.ceil(frames / max(1, free // (4 * layer))))
@@ -930,9 +932,9 @@ def image_to_video(
     check_svd({"fps": fps, "motion_bucket_id": motion_bucket_id, "noise_aug": noise_aug}, decode_chunk)
     batch, device = len(image), image.device
     context = image_encoder(image)
-    noisy = image + noise_aug * torch.randn(image.shape, generator=generator).to(image)
+    noisy = image + noise_aug * gaussian(image.shape, generator, device).to(image)
     first = vae.encode(noisy)[:, None].expand(-1, frames, -1, -1, -1).float()  # [B, T, C, h, w], not scaled
-    latents = torch.randn(first.shape, generator=generator) if latents is None else latents
+    latents = gaussian(first.shape, generator, device) if latents is None else latents
     check_numbers("latents", latents, first.shape)
     added_ids = torch.tensor([[fps - 1, motion_bucket_id, noise_aug]], device=device).expand(batch, -1)
     sigmas = karras_sigmas(steps).to(device)
@@ -943,7 +945,7 @@ def image_to_video(
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
         scaled, c_noise = x / (sigma**2 + 1).sqrt(), (sigma.log() / 4).expand(batch)
         v = unet(torch.cat([scaled, first], dim=2), c_noise, context, added_ids).float()
-        if guidance != (1.0, 1.0):
+        if tuple(guidance) != (1, 1):
             no_image = torch.cat([scaled, torch.zeros_like(first)], dim=2)
             v_free = unet(no_image, c_noise, torch.zeros_like(context), added_ids).float()
             v = v_free + scale * (v - v_free)

@@ -20,14 +20,16 @@ def _one(x: tl.tensor) -> None:
 
 def triton_runs() -> bool:
     """Whether Triton is there and `build` succeeds. While torch.compile traces, nothing can be built."""
-    return importlib.util.find_spec("triton") is not None and (torch.compiler.is_compiling() or build())
+    return importlib.util.find_spec("triton") is not None if torch.compiler.is_compiling() else build()
 
 
 @cache
 def build() -> bool:
     """Builds and runs a kernel, once. That needs a card that Triton knows, and a C compiler for what launches it; what
-    is missing is a line on stderr."""
+    is missing is a line on stderr, but for Triton itself."""
     global tl
+    if importlib.util.find_spec("triton") is None:
+        return False
     try:
         if torch.version.hip is None and (found := torch.cuda.get_device_capability()) < OLDEST:
             raise RuntimeError(f"compute capability {found[0]}.{found[1]}, {OLDEST[0]}.{OLDEST[1]} is needed")

@@ -57,18 +57,26 @@ def resolve_source(source: Source, subfolder: str | None = None) -> Path:
         kind = "file" if model.suffix in FILES else "folder"
         raise FileNotFoundError(f"{model / (subfolder or '') if model.is_dir() else source}: no such {kind}")
     from huggingface_hub import snapshot_download  # here, for it takes 0.2 s
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     prefix = f"{subfolder}/" if subfolder else ""
     named = [f"{prefix}{stem}.safetensors" for stem in ("diffusion_pytorch_model", "model")]
-    try:
-        for names in ([f"{prefix}*.fp16*.safetensors"], named, [f"{prefix}*.safetensors"]):
-            wanted = [f"{prefix}config.json", f"{prefix}*.index*.json", *names]
+    failed: Exception | None = None
+    for names in ([f"{prefix}*.fp16*.safetensors"], named, [f"{prefix}*.safetensors"]):
+        wanted = [f"{prefix}config.json", f"{prefix}*.index*.json", *names]
+        try:
             folder = Path(snapshot_download(str(source), allow_patterns=wanted)) / prefix
-            if list(folder.glob("*.safetensors")):
-                break
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(_hub_advice(str(source), error)) from None
+        except LocalEntryNotFoundError as error:  # offline: another variant may have been fetched before
+            failed = failed or error
+            continue
+        except Exception as error:  # of the hub, of its HTTP library, of the disk
+            failed = error
+            break
+        failed = None
+        if list(folder.glob("*.safetensors")):
+            break
+    if failed:
+        raise ValueError(_hub_advice(str(source), failed)) from None
     if not folder.is_dir():
         raise ValueError(f"{source}: the hub's repository has no folder {subfolder}")
     return folder
@@ -81,7 +89,8 @@ def _hub_advice(source: str, error: Exception) -> str:
         "RepositoryNotFoundError": f"no such folder, and no such public model at {page} (private? `hf auth login`)",
         "LocalEntryNotFoundError": "no such folder, not downloaded yet, and the hub cannot be reached",
     }
-    return f"{source}: {advice.get(type(error).__name__, first_line(error))}"
+    known = (advice[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in advice)
+    return f"{source}: {next(known, first_line(error))}"
 
 
 SHARD = re.compile(r"-\d+-of-\d+(\.\w+)?\.safetensors$")
@@ -94,6 +103,8 @@ def weights_in(folder: Path, stem: str) -> list[Path]:
     parts = {path for shards in found.values() for path in shards}
     files = sorted(path for path in folder.glob("*.safetensors") if path not in parts)
     found |= {path.name: [path] for path in files if not SHARD.search(path.name)}
+    # An index without any of its shards is no weights: of the hub, one variant is fetched, and every index.
+    found = {name: paths for name, paths in found.items() if any(path.exists() for path in paths)} or found
     index = f"{stem}.safetensors.index.json"
     for name in (f"{stem}.safetensors", index, f"{stem}.fp16.safetensors", index.replace(".json", ".fp16.json")):
         if name in found:

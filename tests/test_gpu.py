@@ -22,6 +22,7 @@ import svd
 import train
 import training.batch
 from clips import Motion
+from kernels.probe import build, triton_runs
 from kernels.replayed import Replayed
 from metrics import frechet
 from motion_dreamer import STAGE1, STAGE2, dream
@@ -239,6 +240,13 @@ def test_a_recorded_step_trains_as_a_step_does(monkeypatch, tmp_path, stage):
         log = (out / "training" / f"stage{stage}" / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
     assert losses[1] == pytest.approx(losses[0], rel=NEAR) and losses[0][4] != pytest.approx(losses[0][5], rel=NEAR)
+
+
+@needs_gpu
+def test_triton_runs_on_this_gpu(capsys):
+    """Else all would be right, and slow, without anybody noticing."""
+    build.cache_clear()
+    assert triton_runs() and capsys.readouterr().err == ""
 
 
 @needs_gpu

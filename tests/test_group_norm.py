@@ -3,6 +3,9 @@
 On a GPU where there is one; elsewhere in Triton's interpreter, if Triton is installed.
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -248,6 +251,8 @@ def test_where_triton_does_not_run_that_is_one_line_and_torch_works(monkeypatch,
     """An old card; and a new one of which the kernel cannot be built (here: on a device that is not there)."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: True)
+    for name in ("triton", "triton.language"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(language=None, jit=None))
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no compiler\nat all")))
     probe.build.cache_clear()
     try:
@@ -258,6 +263,7 @@ def test_where_triton_does_not_run_that_is_one_line_and_torch_works(monkeypatch,
     assert told == [f"Triton does not run here, torch does its work: {reason or 'no compiler'}"]
     monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: None)
     assert not probe.triton_runs() and capsys.readouterr().err == ""
+    probe.build.cache_clear()
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected a call")  # of a cached function

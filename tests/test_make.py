@@ -148,15 +148,18 @@ def test_killed_it_leaves_nothing_that_goes_on(tmp_path):
         words = [sys.executable, make.__file__, *told]
         whole = subprocess.Popen(words, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True)
     clips = SimpleNamespace(out=str(tmp_path / "runs" / "x"))
-    end = time.monotonic() + 60
-    while not make.clips_of(clips) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert make.clips_of(clips)
-    whole.send_signal(signal.SIGTERM)
-    assert whole.wait(30)
-    before = len(make.clips_of(clips))
-    time.sleep(1)
-    assert len(make.clips_of(clips)) == before
+    try:
+        end = time.monotonic() + 60
+        while not make.clips_of(clips) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert make.clips_of(clips)
+        whole.send_signal(signal.SIGTERM)
+        assert whole.wait(30)
+        before = len(make.clips_of(clips))
+        time.sleep(1)
+        assert len(make.clips_of(clips)) == before
+    finally:
+        whole.terminate()
 
 
 def test_fewer_clips_than_it_waits_for_are_enough(monkeypatch):

@@ -4,8 +4,11 @@ The GPU kernels run on a GPU where there is one; elsewhere in Triton's interpret
 """
 
 import errno
+import importlib.util
 import math
 import os
+import shutil
+import sys
 from itertools import pairwise
 
 import pytest
@@ -501,6 +504,21 @@ def test_gpu_lists_are_sorted(on_gpu):
     listed = torch.where(index == 42, -1, 0)
     splat.gpu(splat._order_gpu)[2, 2](index, start, listed, shuffled, again, 42, splat.CORNERS)
     assert torch.equal(again.flatten()[: bounds[-1]], source.flatten()[: bounds[-1]])
+
+
+def test_the_file_can_be_copied_out_alone(monkeypatch, tmp_path):
+    """Without the rest of this repository, "auto" asks for Triton itself."""
+    shutil.copy(splat.__file__, tmp_path / "lone.py")
+    spec = importlib.util.spec_from_file_location("lone", tmp_path / "lone.py")
+    lone = importlib.util.module_from_spec(spec)
+    for name in ("kernels", "kernels.probe", "sources"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    spec.loader.exec_module(lone)
+    for found, backend in ((True, "cuda"), (None, "torch")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
+        assert lone.choose_backend("cuda", torch.float32) == backend
+    x, flow, metric = case(1, 2, 3, 4, 5, 1.0, "softmax")
+    assert torch.equal(lone.softsplat(x, flow, metric, backend="torch"), softsplat(x, flow, metric, backend="torch"))
 
 
 def test_gpu_kernels_are_left_alone_by_the_compiler(on_gpu):

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sources.find import weights_in
 from svd import (
     VAE,
     ImageEncoder,
@@ -503,20 +504,56 @@ def test_hub_downloads_only_what_is_needed(monkeypatch, tmp_path):
         ("GatedRepoError", "accept the licence"),
         ("RepositoryNotFoundError", "no such public model"),
         ("LocalEntryNotFoundError", "cannot be reached"),
+        ("a kind of it", "cannot be reached"),
+        ("of another library", "the line dropped"),
     ],
 )
 def test_hub_errors_say_what_to_do(kind, advice, monkeypatch):
     import huggingface_hub.errors
 
-    error = getattr(huggingface_hub.errors, kind)
+    absent = huggingface_hub.errors.LocalEntryNotFoundError
+    others = {"a kind of it": type("Incomplete", (absent,), {}), "of another library": type("Read", (Exception,), {})}
+    error = others.get(kind) or getattr(huggingface_hub.errors, kind)
 
     def snapshot(repo, allow_patterns):
-        raise error.__new__(error)
+        failed = error.__new__(error)
+        failed.args = failed.args or ("the line dropped\nand more",)
+        raise failed
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(ValueError, match=advice) as caught:
         resolve_source("some/model", "unet")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("some/model: ")
+
+
+def test_offline_another_variant_may_have_been_fetched(monkeypatch, tmp_path):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").touch()
+
+    def snapshot(repo, allow_patterns):
+        if any("fp16" in pattern for pattern in allow_patterns):
+            raise LocalEntryNotFoundError.__new__(LocalEntryNotFoundError)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert resolve_source("some/model", "unet") == tmp_path / "unet"
+
+
+def test_an_index_whose_shards_were_not_fetched_stands_back(tmp_path):
+    """Of a repository with full precision in shards and half precision in one file. With a shard there, it counts."""
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index.write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    half = tmp_path / "diffusion_pytorch_model.fp16.safetensors"
+    half.touch()
+    assert weights_in(tmp_path, "diffusion_pytorch_model") == [half]
+    (tmp_path / shards[1]).touch()
+    assert weights_in(tmp_path, "diffusion_pytorch_model") == [tmp_path / name for name in shards]
+    for path in (half, tmp_path / shards[1]):
+        path.unlink()
+    assert weights_in(tmp_path, "diffusion_pytorch_model") == [tmp_path / name for name in shards]  # which are told
 
 
 # --------------------------------------------------------------------------------------- what Motion Dreamer builds on
@@ -825,7 +862,8 @@ def test_a_gpu_decodes_as_many_frames_as_fit_in_equal_parts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory["allocated"])
     frame = 4 * 16 * 100 * 4  # 16 channels, 100 pixels, float32
 
-    def fit(frames, free, reserved=0, allocated=0):
+    def fit(frames, free, reserved=0, allocated=0, here=True):
+        monkeypatch.setattr(torch.nn.Parameter, "is_cuda", here)
         memory.update(free=free, reserved=reserved, allocated=allocated)
         return frames_that_fit(vae, vae.decoder, frames, 100, gpu)
 
@@ -834,6 +872,8 @@ def test_a_gpu_decodes_as_many_frames_as_fit_in_equal_parts(monkeypatch):
     assert fit(5, 2 * frame) == 2 and fit(5, 4 * frame) == 3  # 2, 2, 1 and 3, 2
     assert fit(5, frame) == fit(5, 0) == 1
     assert fit(5, 2 * frame, reserved=8 * frame, allocated=5 * frame) == 5
+    assert fit(14, 2 * frame, reserved=12 * frame, allocated=9 * frame) == 5  # 5, 5, 4
+    assert fit(14, 2 * frame, reserved=12 * frame, allocated=9 * frame, here=False) == 14  # --offload: that will go
     vae.decoder.half()
     assert fit(14, 7 * frame) == 14
     assert frames_that_fit(vae, vae.decoder, 14, 1 << 40, torch.device("cpu")) == 14
