@@ -363,4 +363,5 @@ def redraw_hidden(scene: Scene, scenario: str, rng: np.random.Generator, frames:
     other = SCENARIOS[scenario](rng, frames)
     scene.friction = other.friction
     for thing in scene.things:
-        thing.density = other.things[rng.integers(len(other.things))].density
+        alike = [some for some in other.things if some.parts[0][0] == thing.parts[0][0]] or other.things
+        thing.density = alike[rng.integers(len(alike))].density  # a tower's ball is heavy, its blocks are not

@@ -154,7 +154,7 @@ class Studio:
         with self.lock:
             if any(job.state == "running" for job in self.jobs.values()):
                 raise Busy("another dream is running, in this tab or another: wait for it, or cancel it there")
-            if sum(job.tab == tab for job in self.jobs.values()) >= MOST_KEPT:
+            if sum(job.tab == tab and job.state != "failed" for job in self.jobs.values()) >= MOST_KEPT:
                 raise Busy(f"{MOST_KEPT} dreams are kept already: remove one")
             self.count += 1
             folder = self.folder / str(self.count)
@@ -226,8 +226,9 @@ class Studio:
         with self.lock:
             for job in [job for job in self.jobs.values() if job.tab == tab and number in (None, job.number)]:
                 del self.jobs[job.number]
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(job.process.pid, signal.SIGKILL)
+                if job.process.poll() is None:  # else the number may be another process' by now
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(job.process.pid, signal.SIGKILL)
                 job.process.wait()
                 job.process.stdin.close()
                 shutil.rmtree(job.folder, ignore_errors=True)

@@ -377,7 +377,13 @@ def test_few_dreams_are_kept(tmp_path, stand_in, monkeypatch):
         studio.start(TAB, lambda folder: None, 1, ["--seed=0 "])
     with pytest.raises(ZeroDivisionError):
         studio.start(OTHER, lambda folder: 1 / 0, 1, [])
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    studio.drop(TAB)
+    for _ in range(2):  # what has failed is not kept, and takes no place
+        failed = studio.start(TAB, lambda folder: None, 1, [f"--seed={FAILS} "])
+        waited(lambda failed=failed: failed.state == "failed")
+    job = studio.start(TAB, lambda folder: None, 1, ["--seed=0 "])
+    waited(lambda: job.state == "done")
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
     studio.close()
     assert list(tmp_path.iterdir()) == []
 

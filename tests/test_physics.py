@@ -237,6 +237,9 @@ def test_a_twin_has_friction_and_densities_of_its_scenario(monkeypatch):
     assert len(set(densities)) > 8 and 200 < min(densities) < max(densities) < 600
     friction = [hidden["friction"] for hidden in told]
     assert len(set(friction)) == 8 and 0.15 < min(friction) < max(friction) < 0.3
+    for k in range(4):
+        ball, *blocks = simulate.simulate("tower", k, 1, (16, 8), {"hidden": k}).meta["hidden"]["density"]
+        assert ball == 1500 and set(blocks) == {300}
 
 
 def test_scenes_get_their_twin_once(tmp_path, monkeypatch):
