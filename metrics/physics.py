@@ -150,6 +150,13 @@ def ids_by_color(video: Tensor, first_ids: Tensor) -> Tensor:
     return ids[nearest]
 
 
+def ends_by_color(video: Tensor, first: Tensor) -> Tensor:
+    """`ids_by_color` of the first and the last frame; of all, which takes longer, where the last one lacks an object:
+    then it counts where that was seen last."""
+    ends = ids_by_color(video[[0, -1]], first)
+    return ends if torch.isin(first.unique(), ends[-1]).all() else ids_by_color(video, first)
+
+
 def of_the_visible(
     says: Callable[[Tensor], set[int]], seen: Tensor, known: Tensor, truly: set[int], among: set[int]
 ) -> Sums:
@@ -215,7 +222,7 @@ def hit_figures(made: Maps, scene: Scene) -> dict[str, Sums]:
         said, known = (carried_far(maps, first, among) for maps in (made, true))
         figures["hit"] = two_classes(said, hit, tellable(known, hit, among))
     if among and "rgb_own" in made:
-        seen = ids_by_color(made["rgb_own"], first), scene.by_color
+        seen = ends_by_color(made["rgb_own"], first), ends_by_color(true["rgb"], first)
         figures["hit_video"] = of_the_visible(lambda ids: far(ids, sorted(among)), *seen, hit, among)
     return figures
 
@@ -348,8 +355,8 @@ def physics_figures(made: dict[str, Maps], scene: Scene) -> dict[str, Sums]:
     if scene.rows:
         figures |= fallen_figures(made, scene)
         if "rgb_own" in made:
-            last = ids_by_color(made["rgb_own"][[0, -1]], true["segmentation"][0])
-            figures["fallen_video"] = fallen_in_video(last, scene.by_color, scene)
+            ends = (ids_by_color(rgb[[0, -1]], true["segmentation"][0]) for rgb in (made["rgb_own"], true["rgb"]))
+            figures["fallen_video"] = fallen_in_video(*ends, scene)
     return figures
 
 
