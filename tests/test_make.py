@@ -156,7 +156,7 @@ def test_killed_it_leaves_nothing_that_goes_on(tmp_path):
         whole.send_signal(signal.SIGTERM)
         assert whole.wait(30)
         before = len(make.clips_of(clips))
-        time.sleep(1)
+        time.sleep(0.5)
         assert len(make.clips_of(clips)) == before
     finally:
         whole.terminate()

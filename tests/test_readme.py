@@ -123,7 +123,7 @@ def test_every_flag_and_file_that_a_page_names_is_there(page):
     text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
     scripts = [*CLIPS, "train.py", "sample.py", "evaluate.py"]
     known = set(re.findall(r"--\w+(?:-\w+)*", " ".join(help_of(*script.split()) for script in scripts)))
-    known |= {"--depth", "--start-method"}  # of git and torchrun
+    known |= {"--depth", "--start-method", "--shutdown-timeout"}  # of git and torchrun
     known |= {"--rounds", "--device", "--rows", "--compiled", "--tiny"}  # of tests/bench.py and tests/full_size.py
     for flag in re.findall(r"--[a-z]\w*(?:-\w+)*", text):
         assert flag in known, flag
