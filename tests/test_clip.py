@@ -1,7 +1,9 @@
 """clips/clip.py: the clip file, dataset order."""
 
+import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
-from clips import Clip, ClipDataset, ResumableSampler
+import evaluate
+from clips import Clip, ClipDataset, ResumableSampler, annotate, physion, simulate
 
 
 def random_clip(seed: int = 0, frames: int = 5, height: int = 7, width: int = 9) -> Clip:
@@ -273,3 +276,13 @@ def test_ranks_share_one_order():
     for rank in range(2):
         assert take(ResumableSampler(7, seed=3, rank=rank, world_size=2), 10) == whole[rank::2]
         assert take(ResumableSampler(7, seed=3, rank=rank, world_size=2, start=4), 6) == whole[rank::2][4:]
+
+
+def test_a_home_that_no_shell_has_written_out_is_one_everywhere(monkeypatch):
+    """As in --out=~/x, which otherwise makes a folder called ~."""
+    home = str(Path.home() / "x")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model=~/x", "--data=~/x"])
+    assert (arguments := evaluate.parse_arguments()).model == arguments.data == home
+    for module, first in ((annotate, ["a.mp4", "--out=~/x"]), (physion, ["a.hdf5", "--out=~/x"])):
+        assert module.parse_arguments(first).out == home
+    assert simulate.parse_arguments(["~/x"]).folder == home

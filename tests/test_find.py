@@ -1,9 +1,13 @@
 """inputs/find.py: region growing on drawn scenes."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from inputs import find
 from inputs.find import grow_region
 
 
@@ -126,3 +130,17 @@ def test_holes_do_not_make_a_region_larger_than_half():
     image[10:70, 10:90] = 60
     with pytest.raises(ValueError, match="or it is more than 50%"):
         grow_region(image, (6, 30))
+
+
+def test_a_transformers_without_sam_2_is_one_line(monkeypatch, tmp_path):
+    """Of before 4.56; and one whose import fails."""
+    logging = SimpleNamespace(set_verbosity_error=lambda: None, disable_progress_bar=lambda: None)
+    old = SimpleNamespace(__version__="4.50.0", utils=SimpleNamespace(logging=logging))
+    monkeypatch.setattr(find, "check_model", lambda *_: None)
+    for module, message in (
+        (old, "transformers 4.50.0 has no Sam2Model: pip install -U transformers"),
+        (None, "import"),
+    ):
+        monkeypatch.setitem(sys.modules, "transformers", module)
+        with pytest.raises(ValueError, match=f"^--segment-model {tmp_path}: .*{message}[^\\n]*$"):
+            find.sam_finder(str(tmp_path), "cpu", local=True)
