@@ -340,6 +340,15 @@ def read_trial(path: Path, cut: Cut, flow: Annotator | None, depth: Annotator) -
 # --------------------------------------------------------------------------------------------------------- command line
 
 
+def check_settings(file: Path, settings: dict) -> None:
+    """Raises ValueError where a clip was made with others. A clip without any is of a former version."""
+    was = Clip.load(file, 0, 1).meta.get("settings", {})
+    for name, value in settings.items():
+        if was.get(name, value) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{file}: was made with {flag} {was[name]}, now {flag} {value}: take another --out")
+
+
 def run_physion(arguments: argparse.Namespace) -> int:
     """A clip of every trial -> how many failed: of several, each has its line, and the others are done. Raises
     ValueError, one line."""
@@ -352,13 +361,17 @@ def run_physion(arguments: argparse.Namespace) -> int:
     depth = depth_annotator(arguments.depth, arguments.depth_model)
     cut = Cut(**{name: getattr(arguments, name) for name in vars(Cut())})
     need("h5py", "physion", "h5py")
+    settings = ("size", "flow", "flow_weights", "depth", "depth_model")
+    settings = vars(cut) | {name: getattr(arguments, name) for name in settings}
     failed = 0
     for path in tqdm(paths, unit="trial"):
         file = out / f"{path.stem}.safetensors"
-        if file.exists():
-            continue
         try:
+            if file.exists():
+                check_settings(file, settings)
+                continue
             clip = read_trial(path, cut, flow, depth)
+            clip.meta["settings"] = settings
             (resize_clip(clip, size) if size else clip).save(file)
         except ValueError as error:
             if len(paths) == 1:

@@ -333,6 +333,26 @@ def test_physion_refuses(tmp_path, without, words, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--step", 2), "--step 1, now --step 2"),
+        (("--start", 1), "--start 0, now --start 1"),
+        (("--size", "8x8"), "--size 16x16, now --size 8x8"),
+        (("--frames", 3), "--frames None, now --frames 3"),
+    ],
+)
+def test_clips_of_other_settings_are_not_mixed(tmp_path, words, told):
+    path, out = write_trial(tmp_path / "t.hdf5", Spheres(21, 16, False)), tmp_path / "out"
+    told_first = path, "--out", out, "--size", "16x16"
+    command(*told_first)
+    before = (out / "t.safetensors").read_bytes()
+    command(*told_first)  # with the same ones, it is there
+    with pytest.raises(ValueError, match=f"out/t.safetensors: was made with {told}: take another --out"):
+        command(*told_first, *words)
+    assert (out / "t.safetensors").read_bytes() == before
+
+
 def test_of_several_trials_the_damaged_one_is_told_and_the_others_are_done(tmp_path, capsys, monkeypatch):
     pytest.importorskip("h5py")
     (tmp_path / "a.hdf5").write_bytes(b"no such format" * 9)

@@ -17,7 +17,17 @@ import pytest
 from clips import CAMERA_YAW_UNIT, Clip
 from clips import simulate as simulate_script
 from clips.scenes import BY_THEMSELVES
-from clips.simulate import SCENARIOS, draw_scene, is_still, project, simulate, tracks
+from clips.simulate import (
+    SCENARIOS,
+    draw_scene,
+    is_still,
+    jobs_of,
+    parse_arguments,
+    project,
+    simulate,
+    tracks,
+    write_clip,
+)
 from clips.traffic import CASES
 
 SIZE = (96, 48)
@@ -464,6 +474,16 @@ def test_clips_of_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch, to
     line = failure(capsys, monkeypatch, tmp_path, "--clips", 2, "--size", "24x16", "--frames", 2, *told)
     assert line == f"clips.simulate: {file}: was made with {was}: take another DIR"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_clips_with_and_without_a_push_are_not_mixed(tmp_path, capsys, monkeypatch):
+    words = tmp_path, "--clips", 4, "--scenario", "dominoes,driving", "--size", "16x8", "--frames", 2, "--mirror"
+    arguments = parse_arguments([str(word) for word in (*words, "--still", 1)])
+    for job in jobs_of(arguments):
+        write_clip(job)
+    assert jobs_of(arguments) == []  # drives and mirror images do not say whether they are still
+    line, file = failure(capsys, monkeypatch, *words), tmp_path / "dominoes_00000000.safetensors"
+    assert line == f"clips.simulate: {file}: was made with another --still: take another DIR"
 
 
 def started(folder, workers):
