@@ -78,12 +78,14 @@ def test_centroids_by_hand_and_the_lost_stay():
     assert value(found["centroid_ade"]) == pytest.approx((0 + 1 + math.sqrt(2)) / 3)
     assert value(found["centroid_fde"]) == pytest.approx(math.sqrt(2))
     assert value(metrics.permanence(ids, truth)["permanence"]) == pytest.approx(2 / 3)
+    row = torch.ones(1, 1, 20, dtype=torch.long)  # a tenth is enough, less is not
+    assert [value(metrics.permanence(row * (row.cumsum(2) <= n), row)["permanence"]) for n in (1, 2)] == [0, 1]
 
 
 def test_depth_psnr_and_half_time_by_hand():
-    ids, truth = torch.tensor([[[0, 1]]]), torch.tensor([[[2.0, 4.0]]])
-    found = metrics.depth_error(torch.tensor([[[2.0, 5.0]]]), truth, ids)
-    assert value(found["depth_absrel"]) == pytest.approx(1 / 8)
+    ids, truth = torch.tensor([[[0, 1, 2]]]), torch.tensor([[[2.0, 4.0, 8.0]]])
+    found = metrics.depth_error(torch.tensor([[[1.0, 5.0, 10.0]]]), truth, ids)
+    assert value(found["depth_absrel"]) == pytest.approx((1 / 2 + 1 / 4 + 1 / 4) / 3)
     assert value(found["depth_absrel_objects"]) == pytest.approx(1 / 4)
     assert metrics.psnr(torch.full((2, 3, 4, 4), 0.2), torch.zeros(2, 3, 4, 4)) == pytest.approx(20, abs=1e-4)
     flow = torch.zeros(4, 2, 2, 2)
