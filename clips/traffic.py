@@ -135,15 +135,13 @@ def idm(me: User, gap: float, closing: float, manner: Manner | None = None) -> f
 
 
 def way_to(me: User, other: User) -> float:
-    """Metres to `other` on my way; inf if it is not ahead, not in my lane, or comes towards me. Who changes lanes is in
-    both."""
+    """Metres to `other` on my way; inf if it is not ahead, not in my lane, or comes towards me."""
     turned = (other.course - me.course) % 4
     ahead = float(COURSES[me.course] @ (other.place - me.place))
     side = 1 - me.axis
-    right, left = sorted((me.place[side], me.target))
-    first, last = sorted((other.place[side], other.target)) if turned == 0 and side == 1 else [other.place[side]] * 2
+    ends = sorted((other.place[side], other.target)) if turned == 0 and side == 1 else [other.place[side]] * 2
     room = me.manner.width / 2 + other.extent(side) + ROOM
-    if turned == 2 or ahead <= 0 or not (first - room < left and right < last + room):
+    if turned == 2 or ahead <= 0 or not ends[0] - room < me.target < ends[-1] + room:
         return math.inf
     return ahead - me.manner.length / 2 - other.extent(me.axis)
 
@@ -167,10 +165,9 @@ def stop(me: User, way: float) -> float:
 def may_change(me: User, users: list[User]) -> bool:
     """Whether neither I nor who is then behind me would have to brake hard, by my politeness, for who is in front."""
     changed = replace(me, lane=me.wants)
-    there = replace(changed, place=at(me.place[0], me.wants))  # no longer behind who is ahead now
     for other in users:
         if other is not me and other.course == me.course:
-            for back, front in ((there, other), (other, changed)):
+            for back, front in ((changed, other), (other, changed)):
                 way, free = way_to(back, front), idm(back, math.inf, 0.0)
                 if way < math.inf and idm(back, way, back.speed - front.speed) < free - me.temper.polite:
                     return False

@@ -26,14 +26,11 @@ from clips.traffic import (
     at,
     draw,
     drive,
-    follow,
     idm,
     in_order,
-    may_change,
     on_road,
     step,
     twin,
-    way_to,
 )
 
 DECIDED = [name for name in CASES if name != "follow"]
@@ -135,21 +132,6 @@ def test_bodies_never_overlap(name):
                 shapes = [body(pose, user.manner, 0.05) for pose, user in zip(row, case.users, strict=True)]
                 for a, b in combinations(range(len(shapes)), 2):
                     assert not overlap(shapes[a], shapes[b]), (seed, told, t, a, b)
-
-
-def test_who_changes_lanes_minds_both():
-    ahead = User(at(9, 0), 3.0, 3.0)
-    for aside, behind in ((0.0, True), (1.9, True), (2.1, False), (LANE, False)):  # half of each car, and ROOM
-        me = User(at(0, aside), 8.0, 8.0, lane=LANE)
-        assert (way_to(me, ahead) < math.inf) == behind
-        assert (idm(me, math.inf, 0.0) > follow(me, [me, ahead])) == behind
-    waits = User(at(0, 0), 8.0, 8.0, wants=LANE)  # who is ahead now keeps nobody from leaving its lane
-    assert may_change(waits, [waits, ahead])
-    assert not may_change(waits, [waits, User(at(6, LANE), 3.0, 3.0, lane=LANE)])
-    case = case_of("follow", 1612)  # its lead car brakes at once
-    assert case.told == {"ego": 0, "ego_lane": -1, "lead_speed": -1}
-    for row in drive(case, case.told, 17, DT).poses:
-        assert not overlap(*(body(pose, CAR) for pose in row[:2]))
 
 
 def test_nobody_on_foot_is_driven_over():
