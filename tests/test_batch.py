@@ -307,6 +307,14 @@ def test_a_share_of_clips_shows_the_arrows_of_what_moves_at_once_alone(vae, towe
     assert (cond.first_pictures[:, 9] == torch.from_numpy(ids > 0)).all()  # there is nothing to choose
 
 
+def test_where_an_element_is_left_something_is_told(vae, tower):
+    """Eq. 9 to the letter may hide one component of a pixel and not the other."""
+    stage = tiny_stage(small(replace(ONE, mask_unit="element"), told=True))
+    cond = training_batch(stage, many(encoded(stage, vae, tower, patchwork(0)), 50), vae, drawn(), ALL).condition
+    told, moving = cond.first_pictures[:, 9] == 1, (cond.F != 0)
+    assert (moving[:, 0] != moving[:, 1]).any() and told[moving.any(dim=1)].all()
+
+
 def test_told_to_stay_is_not_the_same_as_not_told(vae, tower):
     clip = patchwork(0)
     ids = torch.from_numpy(clip.segmentation[0])

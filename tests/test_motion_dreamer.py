@@ -520,12 +520,15 @@ class Gaussian(nn.Module):
         return x / (1 + sigma.view(-1, 1, 1, 1, 1) ** 2)
 
 
-def test_sampler_solves_the_probability_flow_ode():
+@pytest.mark.parametrize("sigma_max", [80.0, 1.0])
+def test_sampler_solves_the_probability_flow_ode(sigma_max):
+    stage = Gaussian()
+    stage.config = replace(stage.config, sigma_max=sigma_max)
     cond, start = random_condition(STAGE2), torch.randn(2, 3, 4, 5, 7, generator=torch.Generator().manual_seed(4))
     expected = start  # x(sigma) = x(sigma_max) sqrt((1 + sigma^2) / (1 + sigma_max^2)); x(sigma_max) is scaled noise
     errors = []
     for steps in (20, 200):
-        sampled = md.sample(Gaussian(), cond, frames=3, steps=steps, generator=torch.Generator().manual_seed(4))
+        sampled = md.sample(stage, cond, frames=3, steps=steps, generator=torch.Generator().manual_seed(4))
         errors.append((sampled - expected).abs().max().item())
     assert errors[1] < 0.05 and errors[1] < errors[0] / 5  # first order
 
@@ -628,3 +631,9 @@ def test_dream_is_stage_one_then_stage_two(models):
         None, stage2, vae, tower, *told, **settings, generator=torch.Generator().manual_seed(9), motion=edited
     )
     assert not torch.equal(other, video)
+    with torch.no_grad():
+        for color in (-1, 1):  # what is brighter than a picture can be is as bright as it can be
+            glaring = tiny_vae()
+            glaring.decoder.time_conv_out.bias.fill_(99 * color)
+            _, other = md.dream(None, stage2, glaring, tower, *told, **settings, motion=alone)
+            assert (other[:, 1:] == color).all() and torch.equal(other[:, 0], told[0])
