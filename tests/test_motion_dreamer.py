@@ -12,6 +12,7 @@ from torch import nn
 
 import motion_dreamer as md
 from clips import Motion, draft_video
+from clips.pictures import PALETTE, flow_to_picture
 from instance_flow import instance_flow
 from motion_dreamer import (
     ABLATIONS,
@@ -25,7 +26,7 @@ from motion_dreamer import (
     StageConfig,
     precondition,
 )
-from svd import UNet, karras_sigmas
+from svd import UNet, decode_video, encode_video, karras_sigmas
 from tests.tiny import UNET_CONFIG, moving_squares, randomize, tiny_stage, tiny_tower, tiny_vae
 
 SMALL = {"vae_factor": 2, "frames": 4, "width": 24, "height": 16, "sigma_max": 80.0}
@@ -608,6 +609,24 @@ def test_decode_motion_keeps_the_given_first_frame(models):
     assert torch.equal(motion.segmentation[:, 0], ids) and torch.equal(motion.depth[:, 0], depth)
     assert set(motion.segmentation.unique().tolist()) <= set(ids.unique().tolist()) | {0}
     assert (motion.depth > 0).all()
+
+
+def test_without_ids_and_depth_stage_two_sees_the_pictures_that_stage_one_made(models, monkeypatch):
+    """The scale of depth and the colours of ids are the same in both: 1 / depth from 0 to 1, the palette's order."""
+    (vae, tower), made, sample = models, [], md.sample
+    monkeypatch.setattr(
+        md, "sample", lambda stage, cond, **told: made.append((cond, sample(stage, cond, **told))) or made[-1][1]
+    )
+    stage1, stage2 = (tiny_stage(replace(config, **SMALL), scale=0.5) for config in (STAGE1, STAGE2))
+    image, F = torch.rand(1, 3, 16, 24) * 2 - 1, torch.zeros(1, 2, 16, 24)
+    motion, _ = md.dream(stage1, stage2, vae, tower, image, None, None, F, frames=4, steps=2)
+    assert len(motion.segmentation.unique()) > 1
+    gray = decode_video(vae, made[0][1][:, :, 8:], 2).mean(dim=2)
+    torch.testing.assert_close(motion.depth, 2 / (gray + 1).clamp(min=0.02), rtol=1e-4, atol=1e-4)
+    gray = (2 / motion.depth - 1)[:, :, None].expand(-1, -1, 3, -1, -1)
+    pictures = flow_to_picture(motion.flow), PALETTE[motion.segmentation].movedim(-1, 2), gray
+    expected = torch.cat([encode_video(vae, picture, 2) for picture in pictures], dim=2)
+    torch.testing.assert_close(made[1][0].given, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dream_is_stage_one_then_stage_two(models):
