@@ -1,6 +1,7 @@
 """Who will be hit, twins and figures by scenario: against loops, cases made by hand, and the simulator."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -64,6 +65,13 @@ def test_what_comes_after_the_last_frame_does_not_count():
     assert metrics.asked(meta, 4) == ({3}, {1, 2})  # 2 is hit and has not moved yet
 
 
+def test_what_moves_after_its_hit_does_not_move_by_itself():
+    meta = meta_of([5, 3, 0], [[1, 2, 1]], pushed=1)
+    for t in (2, 3):
+        meta["poses"][t][1][0] += 0.1
+    assert metrics.asked(meta, 5) == ({2, 3}, {1, 2})
+
+
 def passing(frames=8):
     """A block of id 1 passes in front of id 2, which rests; flow and ids are exact."""
     ids, flow = torch.zeros(frames, 12, 40, dtype=torch.long), torch.zeros(frames, 2, 12, 40)
@@ -99,6 +107,40 @@ def test_what_is_hidden_stays_with_its_object():
     assert torch.equal(metrics.carry_seen(flow, None, ids[0])[0], metrics.carry(flow, ids[0])[0])
 
 
+def test_what_leaves_by_the_last_column_is_seen_until_then():
+    flow, ids = torch.zeros(3, 2, 8, 6), torch.zeros(3, 8, 6, dtype=torch.long)
+    for t in range(3):
+        ids[t, t : t + 2, 5], flow[t, 1, t : t + 2, 5] = 1, 1
+    assert metrics.displacement(*metrics.carry_seen(flow, ids, ids[0]), 1)[1] > 1.5
+
+
+def bar(width, height, degrees=0.0):
+    """Points of a bar that is turned."""
+    y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
+    points = torch.stack([x, y], dim=-1).flatten(0, 1) - torch.tensor([width - 1, height - 1]) / 2
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return points @ torch.tensor([[c, s], [-s, c]])
+
+
+@pytest.mark.parametrize(
+    ("after", "lies"),
+    [
+        (bar(8, 20), False),
+        (bar(8, 20, 28), False),  # turned by less than 30 degrees, or by more: it is as high as before in both
+        (bar(8, 20, 32), True),
+        (bar(8, 20, -32), True),
+        (bar(8, 17), False),  # 0.85 of its height, or less
+        (bar(8, 16), True),
+        (torch.cat([bar(8, 20), torch.tensor([[0.0, 90.0]])]), False),  # a stray point
+        (torch.cat([bar(8, 16), torch.tensor([[0.0, 90.0]])]), True),
+        (torch.cat([bar(8, 16), torch.tensor([[0.0, -90.0]])]), True),
+        (bar(1, 2), True),  # it has vanished
+    ],
+)
+def test_what_lies_by_hand(after, lies):
+    assert metrics.physics.lies(bar(8, 20), after) == lies
+
+
 def test_will_it_be_hit_by_hand():
     """1 passes in front of 2 and hits nothing: whoever says that 2 moves is wrong."""
     flow, ids = passing()
@@ -108,6 +150,12 @@ def test_will_it_be_hit_by_hand():
     made = {"flow": flow, "segmentation": ids, "rgb_own": rgb}
     scene = Scene(None, {"arrow": made | {"rgb": rgb}}, {"arrow": meta})
     assert metrics.hit_figures(made, scene) == {"hit": (0, 0, 1, 1), "hit_video": (0, 0, 1, 1)}
+    later = ids.clone()
+    later[1:, 0:2, 30:34] = 3  # what comes into the picture later is not asked
+    true, others = made | {"rgb": rgb, "segmentation": later}, meta_of([2.8, 0, 0], [], pushed=1)
+    scene = Scene(None, {"arrow": true}, {"arrow": others})
+    assert metrics.hit_figures(made, scene) == {"hit": (0, 0, 1, 1), "hit_video": (0, 0, 1, 1)}
+    scene = Scene(None, {"arrow": made | {"rgb": rgb}}, {"arrow": meta})
     moved = ids.clone()
     moved[-1, 4:8, 16:22], moved[-1, 4:8, 8:14] = 0, 2
     wrong = flow.clone()
@@ -359,6 +407,9 @@ def test_where_the_other_car_goes_by_hand():
     assert metrics.drive_figures(drives(0.2, -0.2).truth, drives(0.2, -0.2)) == {}  # not apart
     flow = {"flow": torch.zeros(1)}
     assert metrics.drive_figures({"arrow": said[2.0], "opposite": flow}, scene) == {}
+    for kind in ("arrow", "opposite"):
+        scene.truth[kind]["segmentation"][0] = 0  # the first frame does not show it yet
+    assert metrics.drive_figures(scene.truth, scene) == {}
 
 
 def test_depth_says_how_far_the_other_car_is_and_a_lost_one_is_wrong():
