@@ -141,6 +141,33 @@ def test_what_lies_by_hand(after, lies):
     assert metrics.physics.lies(bar(8, 20), after) == lies
 
 
+def sliding(x, y):
+    """Id 1 and all around it move by (x, y) pixels in each of two steps."""
+    ids, flow = torch.zeros(3, 31, 31, dtype=torch.long), torch.tensor([x, y]).float().view(1, 2, 1, 1)
+    for t in range(3):
+        ids[t, 14 + y * t : 17 + y * t, 14 + x * t : 17 + x * t] = 1
+    return {"flow": flow.repeat(3, 1, 31, 31), "segmentation": ids}
+
+
+@pytest.mark.parametrize(
+    ("way", "angle", "length", "moved"),
+    [
+        ((3, 0), 0, 1, True),
+        ((-6, 0), 180, 2, True),
+        ((0, -3), 90, 1, True),
+        ((2, 2), 45, math.sqrt(8) / 3, True),
+        ((-1, 2), 180 - math.degrees(math.atan(2)), math.sqrt(5) / 3, True),
+        ((0, 0), 90, 0, False),  # what does not move has no direction
+    ],
+)
+def test_how_the_pushed_obeys_its_arrow_by_hand(way, angle, length, moved):
+    scene = Scene(None, {"arrow": sliding(3, 0)}, {"arrow": {"pushed": 1}})
+    found = metrics.physics.object_motion(sliding(*way), scene)
+    assert found["control_angle"] == (pytest.approx(angle), 1)
+    assert found["control_length"] == (pytest.approx(length), 1)
+    assert found["moved"] == (int(moved), 1, 0, 0)
+
+
 def test_will_it_be_hit_by_hand():
     """1 passes in front of 2 and hits nothing: whoever says that 2 moves is wrong."""
     flow, ids = passing()
