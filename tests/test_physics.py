@@ -439,6 +439,17 @@ def test_where_the_other_car_goes_by_hand():
     assert metrics.drive_figures(scene.truth, scene) == {}
 
 
+def test_a_place_on_the_ground_is_where_the_camera_saw_it():
+    scene = drives(3.0, 0.0)
+    meta, maps = scene.meta["arrow"], scene.truth["arrow"]
+    for t in range(4):
+        np.testing.assert_allclose(metrics.physics.place(maps, meta, 2, t), meta["poses"][t][1][:2], atol=1e-6)
+    for left, there in ((8, True), (7, False)):  # seven pixels are too few
+        maps["segmentation"][0] = 0
+        maps["segmentation"][0, 4, :left] = 2
+        assert (metrics.physics.place(maps, meta, 2, 0) is not None) == there
+
+
 def test_depth_says_how_far_the_other_car_is_and_a_lost_one_is_wrong():
     scene = drives(0.0, 0.0)
     for kind, depth in (("arrow", 12.0), ("opposite", 9.0)):  # at the last frame
