@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,61 @@ def test_frechet_distance_refuses():
     for bad in (x[:1], x[:, :2], x[0], torch.full_like(x, math.nan)):
         with pytest.raises(ValueError):
             metrics.frechet_distance(x, bad)
+
+
+def sets_of(count, seed, scale=1.0):
+    """Of each clip the features of two windows."""
+    return list((features(2 * count, 3, seed) * scale).view(count, 2, 3))
+
+
+def test_the_distance_of_sets_of_clips_by_hand():
+    """Pooled over windows, in the mean over extractors; the draws of the clips lie around it."""
+    pairs = [(sets_of(9, 1), sets_of(9, 2)), (sets_of(9, 3), sets_of(9, 4))]
+    pooled = [[torch.cat(side).numpy() for side in pair] for pair in pairs]
+    for scaled in (False, True):
+        units = [y.std(axis=0, ddof=1) if scaled else 1.0 for _, y in pooled]
+        expected = [
+            metrics.frechet_distance(torch.from_numpy(x / unit), torch.from_numpy(y / unit))
+            for (x, y), unit in zip(pooled, units, strict=True)
+        ]
+        value, drawn, count = metrics.distance_draws(pairs, scaled=scaled)
+        assert value == pytest.approx(np.mean(expected)) and count == 9
+        assert drawn.shape == (300,) and drawn.mean() == pytest.approx(value) and drawn.std() > 0.01 * value
+    same = metrics.set_distance([(pairs[0][0], pairs[0][0])])  # both sets are drawn alike
+    assert np.allclose([same["value"], *same["interval"]], 0, atol=1e-9)
+    larger = [tuple([1000 * clip for clip in side] for side in pair) for pair in pairs]
+    assert metrics.set_distance(larger, scaled=True)["value"] == pytest.approx(value)
+    still = [(sets_of(9, 1), [clip * torch.tensor([1, 1, 0]) for clip in sets_of(9, 2)])]
+    assert math.isfinite(metrics.set_distance(still, scaled=True)["value"])  # a feature that never differs
+
+
+def test_one_half_of_the_clips_against_the_other():
+    """Each clip is in one of the halves: of far groups of four and five, exactly one distance tells who was where."""
+    clips = sets_of(9, 1)
+    found = metrics.set_distance([(clips, clips)], halves=True)
+    splits = [(left, [k for k in range(9) if k not in left]) for left in combinations(range(9), 5)]
+    all_of = [metrics.frechet_distance(*(torch.cat([clips[k] for k in half]) for half in split)) for split in splits]
+    assert found["clips"] == 4 and np.isclose(all_of, found["value"]).sum() == 1
+
+
+def test_points_of_fvmd_and_their_scale_by_hand():
+    points = frechet.query_points(256, 512).tolist()
+    expected = [[8 + k * 496 / 19, 8 + n * 240 / 19] for n in range(20) for k in range(20)]
+    np.testing.assert_allclose(points, expected, rtol=1e-6)
+    # Edges of the picture, half a pixel out, stay edges.
+    corners = torch.tensor([[-0.5, -0.5], [511.5, 255.5], [0.0, 0.0]])
+    scaled = frechet.rescale(corners, (256, 512), (64, 1024))
+    np.testing.assert_allclose(scaled, [[-0.5, -0.5], [1023.5, 63.5], [0.5, -0.375]])
+
+
+def test_stand_ins_for_motion_see_differences_alone():
+    generator = torch.Generator().manual_seed(0)
+    levels, picture = (torch.randint(0, 100, (n, 3, 16, 24), generator=generator) for n in (6, 1))
+    one, other = levels / 127.5 - 1, (levels + picture) / 127.5 - 1  # the same picture added to every frame
+    for motion in (True, False):
+        found = [metrics.random_features(video, 0, motion) for video in (one, other)]
+        assert found[0].std() > 0 and torch.allclose(*found, atol=1e-5) == motion
+    assert (metrics.random_features(one[:1].expand(6, -1, -1, -1), 0, True) == 0).all()
 
 
 def test_stand_ins_and_fvmd_see_what_they_should(clips):

@@ -143,6 +143,10 @@ def test_vae_decodes_chunks_as_diffusers_does():
     expected = torch.cat([parts[0].unflatten(0, (2, 2)), parts[1].unflatten(0, (2, 1))], dim=1)
     close(chunked, expected)
     assert (chunked - whole).abs().max() > 1e-2  # frames of different chunks do not see each other
+    longer = latents[:, [0, 1, 2, 1, 0]]  # more frames than channels
+    with torch.no_grad():
+        expected = theirs.decode(longer.flatten(0, 1), num_frames=5).sample
+        close(ours.decode(longer), expected.unflatten(0, (2, 5)))
 
 
 def test_log_variance_is_clamped():
