@@ -215,7 +215,7 @@ ON_3, STAYS_200 = {"start": [2.5, 3], "end": [9, 0]}, {"start": [0, 0], "end": [
 )
 def test_told_mask(arrows, pixels):
     ids = SQUARES.copy()
-    ids[7, 0] = 5  # an object without an arrow
+    ids[7, 0] = 1  # an object without an arrow
     mask = told_mask(arrows, torch.from_numpy(ids))
     assert mask.shape == (1, 8, 12) and mask.dtype == torch.float32 and mask.sum() == pixels
     np.testing.assert_array_equal(mask, loop_mask(arrows, ids))

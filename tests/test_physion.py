@@ -43,6 +43,23 @@ def test_ids_are_exact_colors():
     assert physion.ids_from_colors(pixels, table).tolist() == [[1, 0, 3, 0, 0]]
 
 
+def test_more_objects_than_ids_are_refused():
+    table = np.stack([np.arange(256), np.arange(256), np.full(256, 9)], axis=1).astype(np.uint8)
+    assert physion.trial_ids([table[None, :255]], table[:255]).tolist() == [[[*range(1, 256)]]]
+    with pytest.raises(ValueError, match="has 256 objects, 255 at most fit a clip"):
+        physion.trial_ids([table[None]], table)
+
+
+def test_depth_and_pose_of_each_object_by_hand():
+    """The camera stands at 0 and looks along -z."""
+    places = np.array([[1.0, 0, -2], [0, 1, -9], [0, 0, -50]])
+    view = physion.View(np.eye(4), np.eye(4), places, np.zeros((3, 3, 3)))
+    ids = np.array([[0, 1, 1, 2, 2]])
+    assert physion.misplaced(np.array([[7, 2.5, 2.1, 8, 9]]), ids, view) == ""
+    wrong = physion.misplaced(np.array([[7, 8, 8, 1.5, 1.5]]), ids, view)
+    assert wrong == "its _depth pass has object 2 at 1.5 m, its pose at 9.0 m"
+
+
 def turned(vectors: np.ndarray, axis: np.ndarray, angle: float) -> np.ndarray:
     """Rodrigues' formula."""
     along = (vectors @ axis)[..., None] * axis
