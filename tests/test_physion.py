@@ -58,6 +58,8 @@ def test_depth_and_pose_of_each_object_by_hand():
     assert physion.misplaced(np.array([[7, 2.5, 2.1, 8, 9]]), ids, view) == ""
     wrong = physion.misplaced(np.array([[7, 8, 8, 1.5, 1.5]]), ids, view)
     assert wrong == "its _depth pass has object 2 at 1.5 m, its pose at 9.0 m"
+    wrong = physion.misplaced(np.array([[7, 14, 14, 1.5, 1.5]]), ids, view)
+    assert wrong == "its _depth pass has object 1 at 14.0 m, its pose at 2.0 m"
 
 
 def turned(vectors: np.ndarray, axis: np.ndarray, angle: float) -> np.ndarray:
