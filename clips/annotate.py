@@ -457,12 +457,18 @@ def settings_of(meta: dict, size: Size, fps: float, frames: int) -> dict:
 def check_settings(path: Path, out: Path, settings: dict) -> None:
     """Raises ValueError where clips of this name in `out` were made with other settings, or of another video."""
     for file in sorted(out.glob(f"{glob.escape(path.stem)}_{'[0-9]' * 6}.safetensors")):
-        (frames, height, width, _), fps = clip_header(file)
-        was = settings_of(Clip.load(file, 0, 1).meta, (width, height), fps, frames)
-        for name, value in settings.items():
-            if was.get(name, value) != value:
-                told = f"its clips in {out} were made with {name} = {was[name]}, now {name} = {value}"
-                raise ValueError(f"{path}: {told}: take another --out")
+        (frames, height, width, _), fps, meta = clip_header(file)
+        if told := other_setting(settings_of(meta, (width, height), fps, frames), settings):
+            raise ValueError(f"{path}: its clips in {out} were {told}: take another --out")
+
+
+def other_setting(was: dict, now: dict) -> str:
+    """Of settings, the first that is another one now, in words; "" where none is. One that a clip of a former version
+    did not keep counts as the same."""
+    for name, value in now.items():
+        if was.get(name, value) != value:
+            return f"made with {name} = {was[name]}, now {name} = {value}"
+    return ""
 
 
 def clips_done(record: Path) -> list[str]:

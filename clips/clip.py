@@ -179,8 +179,8 @@ class Clip:
         }
 
 
-def clip_header(path: str | os.PathLike) -> tuple[tuple[int, ...], float]:
-    """(T, H, W, 3) and fps from the header of a clip file. Raises ValueError that begins with the path."""
+def clip_header(path: str | os.PathLike) -> tuple[tuple[int, ...], float, dict]:
+    """(T, H, W, 3), fps and meta from the header of a clip file. Raises ValueError that begins with the path."""
     try:
         with safe_open(path, framework="numpy") as file:
             told = json.loads((file.metadata() or {}).get("clip", "{}"))
@@ -189,7 +189,9 @@ def clip_header(path: str | os.PathLike) -> tuple[tuple[int, ...], float]:
                 raise ValueError(f"rgb has shape {shape}, expected [T, H, W, 3]")
             if not _is_finite(fps := told.get("fps", FPS)):
                 raise ValueError(f"fps is {fps!r:.40}, expected a positive number")
-            return shape, float(fps)
+            if not isinstance(meta := told.get("meta", {}), dict):
+                raise ValueError(f"meta is {str(meta)[:80]}, expected a dict")
+            return shape, float(fps), meta
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -217,7 +219,7 @@ class ClipDataset(torch.utils.data.Dataset):
         if frames is not None and frames < 1:
             raise ValueError(f"frames is {frames}, expected 1 at least")
         self.paths = find_clips(folder)
-        shapes, rates = zip(*map(clip_header, self.paths), strict=True)
+        shapes, rates = zip(*(clip_header(path)[:2] for path in self.paths), strict=True)
         self.lengths, self.fps = [shape[0] for shape in shapes], statistics.mode(rates)
         self.frames, (self.height, self.width) = frames or self.lengths[0], shapes[0][1:3]
         for path, shape in zip(self.paths, shapes, strict=True):

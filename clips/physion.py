@@ -36,12 +36,13 @@ from clips.annotate import (
     fit_nearest,
     flow_annotator,
     need,
+    other_setting,
     output_folder,
     parse_size,
     with_bucket,
     with_last,
 )
-from clips.clip import CAMERA_YAW_UNIT, Clip
+from clips.clip import CAMERA_YAW_UNIT, Clip, clip_header
 from sources import expand_home, first_line
 
 if TYPE_CHECKING:
@@ -340,15 +341,6 @@ def read_trial(path: Path, cut: Cut, flow: Annotator | None, depth: Annotator) -
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def check_settings(file: Path, settings: dict) -> None:
-    """Raises ValueError where a clip was made with others. A clip without any is of a former version."""
-    was = Clip.load(file, 0, 1).meta.get("settings", {})
-    for name, value in settings.items():
-        if was.get(name, value) != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{file}: was made with {flag} {was[name]}, now {flag} {value}: take another --out")
-
-
 def run_physion(arguments: argparse.Namespace) -> int:
     """A clip of every trial -> how many failed: of several, each has its line, and the others are done. Raises
     ValueError, one line."""
@@ -368,7 +360,8 @@ def run_physion(arguments: argparse.Namespace) -> int:
         file = out / f"{path.stem}.safetensors"
         try:
             if file.exists():
-                check_settings(file, settings)
+                if told := other_setting(clip_header(file)[2].get("settings", {}), settings):
+                    raise ValueError(f"{file}: was {told}: take another --out")
                 continue
             clip = read_trial(path, cut, flow, depth)
             clip.meta["settings"] = settings

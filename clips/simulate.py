@@ -328,7 +328,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def jobs_of(arguments: argparse.Namespace) -> list[tuple]:
     """For `write_clip`, of all clips that are not there. Raises ValueError for what the command line says, and for a
-    clip that is there with other frames, another size, or a push where there should be none."""
+    clip that is there with other frames, another size or another `--still`."""
     folder, scenarios, size = Path(arguments.folder), arguments.scenario.split(","), parse_size(arguments.size)
     if unknown := set(scenarios) - set(SCENARIOS):
         raise ValueError(f"--scenario {','.join(sorted(unknown))}: expected some of {', '.join(SCENARIOS)}")
@@ -344,10 +344,10 @@ def jobs_of(arguments: argparse.Namespace) -> list[tuple]:
         paths = [folder / f"{name}.safetensors" for name in names]
         still = is_still(scenario, seed, arguments.still)
         for path in filter(Path.exists, paths):
-            if (shape := clip_header(path)[0]) != wanted:
+            shape, _, meta = clip_header(path)
+            if shape != wanted:
                 told = f"{shape[0]} frames of {shape[2]}x{shape[1]}, now {wanted[0]} of {wanted[2]}x{wanted[1]}"
                 raise ValueError(f"{path}: was made with {told}: take another DIR")
-            meta = Clip.load(path, 0, 1).meta
             if scenario != "driving" and not meta.get("mirrored") and meta.get("still", False) != still:
                 raise ValueError(f"{path}: was made with another --still: take another DIR")
         if not all(path.exists() for path in paths):  # an interrupted run goes on where it was

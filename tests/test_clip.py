@@ -13,6 +13,7 @@ from safetensors.torch import save_file as save_torch_file
 
 import evaluate
 from clips import Clip, ClipDataset, ResumableSampler, annotate, physion, simulate
+from clips.clip import clip_header
 
 
 def random_clip(seed: int = 0, frames: int = 5, height: int = 7, width: int = 9) -> Clip:
@@ -286,3 +287,12 @@ def test_a_home_that_no_shell_has_written_out_is_one_everywhere(monkeypatch):
     for module, first in ((annotate, ["a.mp4", "--out=~/x"]), (physion, ["a.hdf5", "--out=~/x"])):
         assert module.parse_arguments(first).out == home
     assert simulate.parse_arguments(["~/x"]).folder == home
+
+
+def test_a_header_says_what_a_clip_is_without_its_pictures(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"rgb": np.zeros((2, 8, 12, 3), np.uint8)}, path, {"clip": '{"fps": 5, "meta": {"seed": 3}}'})
+    assert clip_header(path) == ((2, 8, 12, 3), 5.0, {"seed": 3})
+    save_file({"rgb": np.zeros((2, 8, 12, 3), np.uint8)}, path, {"clip": '{"meta": 3}'})
+    with pytest.raises(ValueError, match=r"^.*a\.safetensors: meta is 3, expected a dict$"):
+        clip_header(path)

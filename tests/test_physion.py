@@ -355,10 +355,10 @@ def test_physion_refuses(tmp_path, without, words, message):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--step", 2), "--step 1, now --step 2"),
-        (("--start", 1), "--start 0, now --start 1"),
-        (("--size", "8x8"), "--size 16x16, now --size 8x8"),
-        (("--frames", 3), "--frames None, now --frames 3"),
+        (("--step", 2), "step = 1, now step = 2"),
+        (("--start", 1), "start = 0, now start = 1"),
+        (("--size", "8x8"), "size = 16x16, now size = 8x8"),
+        (("--frames", 3), "frames = None, now frames = 3"),
     ],
 )
 def test_clips_of_other_settings_are_not_mixed(tmp_path, words, told):
